@@ -1,0 +1,49 @@
+"""``HOST:PORT``: read, shown and resolved.
+
+Rules: IPv6 addresses stand in brackets (``[::1]:1234``). A host name may stand
+for several addresses; they are tried in the resolver's order.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import List, Tuple
+
+from .errors import ConfigError, Unreachable
+from .names import show
+
+Address = Tuple[str, int]
+EXPECTED = "expected HOST:PORT, for example 127.0.0.1:1234 or [::1]:1234"
+
+
+def parse(text: str) -> Address:
+    """Host and port. Raises ``ConfigError``."""
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"{show(text)!r} is not an address; {EXPECTED}")
+    return host, int(port)
+
+
+def format_address(address: Tuple[object, ...]) -> str:
+    """The address as ``parse`` reads it; also for the longer tuples of IPv6 sockets."""
+    host, port = str(address[0]), address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(address: Address) -> List[Tuple[int, Tuple[object, ...]]]:
+    """Family and socket address of each thing the address stands for, at least one.
+
+    Asks the system's resolver, and waits for it. Raises ``Unreachable``.
+    """
+    try:
+        found = socket.getaddrinfo(address[0], address[1], type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unreachable(
+            f"cannot find {show(address[0])}: {reason}; check the host name"
+        ) from error
+    return [(family, sockaddr) for family, _, _, _, sockaddr in found]

@@ -1,0 +1,274 @@
+"""The command line: what can be typed, what is printed, how it exits.
+
+Rules: nothing else in the package prints or exits. Whatever a user can cause
+ends in one line that says what, where and what to do, and in one of the exit
+codes below; a traceback is a fault of this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import Callable, Iterator, NoReturn, Optional, Sequence
+
+from . import __version__, config
+from .client import Client
+from .commands import delete, get, list_names, put
+from .console import Console
+from .errors import BackupError, Unreachable
+from .log import Log, to_stream
+from .sequence import steps
+from .server import Server
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+EXIT_CODES = """exit codes:
+  0    all done
+  1    failed
+  2    wrong usage, or an info file that cannot be read
+  3    some files done and some not
+  10   not on the server
+  130  interrupted
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaint in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(
+        prog="backup",
+        description="Back up files to a server, and get them back.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"backup {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., int], text: str) -> Parser:
+        sub: Parser = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    _serve_options(command("serve", serve, "run the server in the foreground"))
+    _client_options(command("client", client, "run the seven-step sequence against a server"))
+
+    sub = command("put", put, "back files up under their base names")
+    sub.add_argument("files", nargs="*", metavar="FILE", help="a file to back up")
+    sub.add_argument(
+        "--files-from", metavar="FILE", help="read more paths from FILE, one a line; - is stdin"
+    )
+    sub.add_argument(
+        "--parallel", type=_positive, metavar="N", help="files under way at once (default: 8)"
+    )
+    _user_options(sub)
+
+    sub = command("get", get, "retrieve files")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a name on the server")
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", metavar="PATH", help="save the one NAME as PATH")
+    where.add_argument(
+        "--output-dir", metavar="DIR", default="", help="save in DIR (default: here)"
+    )
+    sub.add_argument("--force", action="store_true", help="overwrite files that are there already")
+    _user_options(sub)
+
+    sub = command("list", list_names, "list the names on the server, one a line")
+    _user_options(sub)
+
+    sub = command("delete", delete, "remove files from the server")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a name on the server")
+    _user_options(sub)
+    return top
+
+
+def _serve_options(sub: Parser) -> None:
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument(
+        "--server-info",
+        metavar="FILE",
+        default=config.SERVER_INFO,
+        help="listen on the HOST:PORT in FILE (default: %(default)s)",
+    )
+    where.add_argument(
+        "--listen", metavar="HOST:PORT", help="listen there; port 0 takes a free one"
+    )
+    sub.add_argument(
+        "--root",
+        metavar="DIR",
+        help=f"keep the files in DIR (default: $BACKUP_BASE_DIR or {config.DEFAULT_ROOT})",
+    )
+    volume = sub.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="store_true", help="log broken connections too")
+    volume.add_argument("-q", "--quiet", action="store_true", help="log only what went wrong")
+
+
+def _client_options(sub: Parser) -> None:
+    sub.add_argument(
+        "--server-info",
+        metavar="FILE",
+        default=config.SERVER_INFO,
+        help="talk to the HOST:PORT in FILE (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--backup-info",
+        metavar="FILE",
+        default=config.BACKUP_INFO,
+        help="use the first two files that FILE names, one a line (default: %(default)s)",
+    )
+    sub.add_argument("--user-id", metavar="N", help="the user to act as (default: drawn anew)")
+    sub.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        default="",
+        help="save what is retrieved in DIR (default: here)",
+    )
+
+
+def _user_options(sub: Parser) -> None:
+    sub.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help=f"the server (default: $BACKUP_SERVER or {config.SERVER_INFO} here)",
+    )
+    sub.add_argument(
+        "--user-id",
+        metavar="N",
+        help="the user to act as (default: $BACKUP_USER_ID or an id drawn once and kept in"
+        " $XDG_CONFIG_HOME/backup/user-id)",
+    )
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress line and no notices")
+    sub.add_argument(
+        "--json", action="store_true", help="one JSON object a line on stdout, a summary last"
+    )
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def serve(options: argparse.Namespace, _: Console) -> int:
+    """Runs the server until SIGINT or SIGTERM."""
+    address = config.listen_address(options.listen, options.server_info)
+    level = logging.DEBUG if options.verbose else logging.INFO
+    log = Log(to_stream(sys.stderr), logging.WARNING if options.quiet else level)
+    signals = 0
+    with Server(config.store_root(options.root, os.environ), address, log=log) as server:
+
+        def stop(*_: object) -> None:
+            nonlocal signals
+            signals += 1
+            server.stop()
+
+        with _on_signals(stop), _waking(server.wake_fd):
+            server.serve_forever()
+    return 0 if signals < 2 else INTERRUPTED
+
+
+def client(options: argparse.Namespace, console: Console) -> int:
+    """Runs the sequence."""
+    address = config.read_server_info(options.server_info)
+    files = config.read_backup_info(options.backup_info)
+    if options.user_id is None:
+        user_id = config.draw_user_id()
+    else:
+        user_id = config.parse_user_id(options.user_id, "--user-id")
+    if len(files) > 2:
+        console.notice(f"{options.backup_info} names {len(files)} files; the first two are used")
+    console.result(f"User ID: {user_id}")
+    good = True
+    with Client(address, user_id) as backup_client:
+        for number, step in enumerate(steps(backup_client, files, options.output_dir)):
+            console.result(f"=== {step.title} ===")
+            result = step.do()
+            if number == 0 and isinstance(result.error, Unreachable):
+                raise result.error
+            console.result(result.line)
+            good = good and result.ok
+    return 0 if good else FAILED
+
+
+@contextmanager
+def _on_signals(handler: Callable[..., None]) -> Iterator[None]:
+    """SIGINT, and SIGTERM where the system has it, call ``handler`` meanwhile."""
+    names = ("SIGINT", "SIGTERM")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, previous in before:
+            signal.signal(number, previous)
+
+
+@contextmanager
+def _waking(fd: int) -> Iterator[None]:
+    """A signal writes to ``fd`` meanwhile: on some systems it would not end the waiting alone."""
+    before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs one command line, by default this process's; its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is shown escaped rather than not at all.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as done:  # --help, --version, or Parser.error
+        return int(done.code or 0)
+    quiet, as_json = getattr(options, "quiet", False), getattr(options, "json", False)
+    console = Console(sys.stdout, sys.stderr, os.environ, quiet, as_json)
+    try:
+        with _on_signals(_interrupt):
+            code: int = options.run(options, console)
+        return code
+    except BackupError as error:
+        console.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our stdout, head for one, has seen enough
+        _abandon_stdout()
+        return FAILED
+    except OSError as error:
+        console.error(f"cannot write the output: {(error.strerror or str(error)).lower()}")
+        _abandon_stdout()
+        return FAILED
+
+
+def _abandon_stdout() -> None:
+    """Lets Python's own flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main())

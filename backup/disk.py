@@ -1,0 +1,178 @@
+"""What is asked of the file system, and what stands in where it lacks it.
+
+Rules: a ``Folder`` is one directory held open for one piece of work. Names go
+to it as bytes and reach only what lies directly inside; a symbolic link is
+never followed, neither as the folder nor as a file in it. Where the system
+opens files relative to a descriptor (``openat(2)``, ``O_NOFOLLOW``), nobody can
+swap the folder under our feet; elsewhere every step checks again.
+
+Errors are the system's own, as ``OSError``; the rooms above give them meaning.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from contextlib import suppress
+from typing import List, Optional, Type
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HAS_DIR_FD = (
+    {os.open, os.rename, os.stat, os.unlink} <= os.supports_dir_fd
+    and os.scandir in os.supports_fd
+    and hasattr(os, "O_NOFOLLOW")
+    and hasattr(os, "O_DIRECTORY")
+)
+
+# Without O_NONBLOCK, opening a pipe that lies in the folder would wait for its other end.
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+class Folder:
+    """One open directory, by its path; ``open_folder`` picks the kind the system can do.
+
+    This kind has only the path to hold on to. Use it as a context manager.
+    """
+
+    def __init__(self, path: bytes) -> None:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
+        self._path = path
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+
+    def open(self, name: bytes) -> int:
+        """A descriptor to read ``name`` by. Raises ``OSError``, for a symbolic link too."""
+        path = os.path.join(self._path, name)
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "a symbolic link", path)
+        return os.open(path, _READ | _BINARY)
+
+    def mode(self, name: bytes) -> Optional[int]:
+        """``st_mode`` of what has this name, the link itself if it is one; None for nothing."""
+        try:
+            return os.lstat(os.path.join(self._path, name)).st_mode
+        except FileNotFoundError:
+            return None
+
+    def take(self, path: bytes, name: bytes) -> None:
+        """Moves the file at ``path`` in here as ``name``, in one step, over an older one."""
+        os.replace(path, os.path.join(self._path, name))
+
+    def unlink(self, name: bytes) -> None:
+        """Removes ``name``."""
+        os.unlink(os.path.join(self._path, name))
+
+    def files(self) -> List[bytes]:
+        """The names of the regular files inside, in no order."""
+        return _regular(self._path)
+
+
+class DescriptorFolder(Folder):
+    """The same by a descriptor, which stays on the directory whatever its path becomes."""
+
+    def __init__(self, path: bytes) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def open(self, name: bytes) -> int:
+        return os.open(name, _READ | _BINARY, dir_fd=self._fd)
+
+    def mode(self, name: bytes) -> Optional[int]:
+        try:
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return None
+
+    def take(self, path: bytes, name: bytes) -> None:
+        os.replace(path, name, dst_dir_fd=self._fd)
+
+    def unlink(self, name: bytes) -> None:
+        os.unlink(name, dir_fd=self._fd)
+
+    def files(self) -> List[bytes]:
+        return _regular(self._fd)
+
+
+def open_folder(path: bytes) -> Folder:
+    """The directory at ``path``, which must not be a symbolic link. Raises ``OSError``."""
+    kind: Type[Folder] = DescriptorFolder if HAS_DIR_FD else Folder
+    return kind(path)
+
+
+def _regular(place: object) -> List[bytes]:
+    with os.scandir(place) as entries:  # type: ignore[call-overload]
+        return [os.fsencode(e.name) for e in entries if e.is_file(follow_symlinks=False)]
+
+
+def create(path: bytes) -> int:
+    """A descriptor to write a new file by, readable by its owner alone."""
+    return os.open(path, _CREATE | _BINARY, 0o600)
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Writes all of ``data``; ``write(2)`` may take less than it was given."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def remove(path: bytes) -> None:
+    """Removes a file that may be gone already."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def claim(fd: int) -> bool:
+    """Marks an open file as ours until it is closed or this process dies (``flock(2)``).
+
+    False when another process has it, or when it has lost its name meanwhile.
+    Where files cannot be locked, always True.
+    """
+    return _lock(fd) is not False and os.fstat(fd).st_nlink > 0
+
+
+def abandoned(path: bytes, stale_seconds: float) -> bool:
+    """Whether no running process has claimed the file at ``path``.
+
+    Where files cannot be locked, one untouched for ``stale_seconds`` counts.
+    """
+    fd = os.open(path, _READ | _BINARY)
+    try:
+        locked = _lock(fd)
+        if locked is None:
+            return time.time() - os.fstat(fd).st_mtime > stale_seconds
+        return locked
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> Optional[bool]:
+    """Whether the lock was to be had; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return None  # a network file system without locks
+        raise
+    return True

@@ -1,0 +1,173 @@
+"""The client's files: one that is sent, one that is received.
+
+Rules: what is sent is one state of the file or nothing. The last bytes leave
+only after size and modification time were seen unchanged, so a file that
+grows, shrinks or is rewritten meanwhile never becomes a whole upload; the bytes
+are copied, not sent by sendfile(2), which would send what the pages hold later.
+What is received is written beside its target under a name of its own and takes
+the target's by a rename; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from typing import Callable, Optional, Union
+
+from .connection import Body
+from .errors import FileChanged, LocalFileError, TargetExists, TooLarge
+from .names import show
+from .stream import Stream
+from .wire import MAX_FILE_BYTES
+
+Path = Union[str, "os.PathLike[str]"]
+Report = Callable[[int, int], None]  # bytes done, bytes in all
+
+_CHUNK_BYTES = 128 * 1024
+_BINARY = getattr(os, "O_BINARY", 0)
+# Without O_NONBLOCK, opening a pipe would wait for its other end.
+_READ = os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY
+
+
+class Source(Body):
+    """A local file on its way out. ``size`` in bytes."""
+
+    def __init__(self, path: Path, report: Report) -> None:
+        """Opens it. Raises ``LocalFileError`` or ``TooLarge``."""
+        self._path = os.fspath(path)
+        self._report = report
+        try:
+            self._fd = os.open(self._path, _READ)
+        except (OSError, ValueError) as error:
+            raise _unreadable(self._path, error) from error
+        self._held = memoryview(b"")  # read, not yet sent
+        self._before = os.fstat(self._fd)
+        self.size = self.remaining = self._before.st_size
+        try:
+            if not stat.S_ISREG(self._before.st_mode):
+                kind = "a folder" if stat.S_ISDIR(self._before.st_mode) else "not a regular file"
+                raise LocalFileError(f"cannot read {show(self._path)}: it is {kind}; name a file")
+            if self.size > MAX_FILE_BYTES:
+                raise TooLarge(
+                    f"{self.size} bytes; the protocol carries {MAX_FILE_BYTES}; split it"
+                )
+        except (LocalFileError, TooLarge):
+            self.close()
+            raise
+
+    def send(self, stream: Stream, limit: int) -> Optional[int]:
+        if not self._held:
+            self._held = self._read(min(limit, self.remaining, _CHUNK_BYTES))
+        count = stream.send(self._held)
+        if count is not None:
+            self._held = self._held[count:]
+            self.remaining -= count
+            self._report(self.size - self.remaining, self.size)
+        return count
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _read(self, count: int) -> memoryview:
+        try:
+            data = os.read(self._fd, count)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        now = os.fstat(self._fd)
+        same = (now.st_size, now.st_mtime_ns) == (self.size, self._before.st_mtime_ns)
+        if not same or not data:
+            raise FileChanged(
+                f"{show(self._path)} changed while it was read; nothing is stored; retry"
+            )
+        return memoryview(data)
+
+
+class Target:
+    """A local file on its way in: ``begin``, ``write``, then ``finish`` or ``abort``."""
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        """Raises ``TargetExists`` when it is there and may not be overwritten, ``LocalFileError``
+        when it is a folder."""
+        self._path = os.fspath(path)
+        self._overwrite = overwrite
+        self._part = ""
+        self._fd = -1
+        if os.path.isdir(self._path):
+            raise LocalFileError(f"{show(self._path)} is a folder; name a file in it")
+        if not overwrite and os.path.lexists(self._path):
+            raise self._exists()
+
+    def begin(self) -> None:
+        """Makes the file that is written until the answer is whole. Raises ``LocalFileError``."""
+        folder = os.path.dirname(self._path)
+        self._part = os.path.join(folder, f".backup-{os.urandom(8).hex()}.part")
+        try:
+            self._fd = os.open(self._part, _CREATE, 0o666)
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def write(self, data: memoryview) -> None:
+        """Appends ``data``. Raises ``LocalFileError``."""
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def finish(self) -> None:
+        """Gives the file its name. Raises ``TargetExists`` or ``LocalFileError``."""
+        try:
+            self._close()
+            if self._overwrite:
+                os.replace(self._part, self._path)
+            else:
+                self._name_new()
+        except FileExistsError:
+            raise self._exists() from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Removes what was written; after ``finish``, does nothing."""
+        self._close()
+        if self._part:
+            with suppress(FileNotFoundError):
+                os.unlink(self._part)
+
+    def _name_new(self) -> None:
+        """Gives the name without ever taking it from another file: link(2) refuses to."""
+        try:
+            os.link(self._part, self._path)
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError):  # a file system or a system without links
+            if os.path.lexists(self._path):
+                raise self._exists() from None
+            os.replace(self._part, self._path)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _exists(self) -> TargetExists:
+        return TargetExists(
+            f"{show(self._path)} is there already; overwrite=True or --force replaces it"
+        )
+
+    def _unwritable(self, error: Union[OSError, ValueError]) -> LocalFileError:
+        return LocalFileError(
+            f"cannot write {show(self._path)}: {_why(error)}; choose another place"
+        )
+
+
+def _unreadable(path: str, error: Union[OSError, ValueError]) -> LocalFileError:
+    return LocalFileError(f"cannot read {show(path)}: {_why(error)}; check the path")
+
+
+def _why(error: Union[OSError, ValueError]) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()

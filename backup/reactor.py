@@ -1,0 +1,127 @@
+"""One loop for everything: readiness, deadlines, work at the end of a turn, wake-up.
+
+Rules:
+
+- One thread runs a reactor: the one that calls ``turn``, again and again.
+  ``call`` alone may be used from other threads and from signal handlers.
+- A turn waits until something is ready or due, then runs, in this order: what
+  ``call`` was given, the callbacks of ready sockets, the deadlines that are
+  due, and the work put off to the turn's end. Callbacks never block; whoever
+  has more to do than its budget returns and is called again in the next turn.
+- A socket that is no longer watched and a deadline that was cancelled are not
+  called any more: not even in the same turn, when the event is already here.
+- To pause a socket, unwatch it. An interest of zero would not do: epoll still
+  reports a hang-up then, and the loop would spin.
+
+The reactor knows sockets and time, and nothing of what they are used for.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Callable, Deque, Dict, List
+
+from .deadline import Deadline, Deadlines
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+
+Callback = Callable[[], None]
+ReadyCallback = Callable[[int], None]
+
+
+class Reactor:
+    """The loop. ``clock`` gives seconds that never go back. Close it, or use it in a ``with``."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = clock
+        self._selector = selectors.DefaultSelector()
+        self._watched: Dict[int, ReadyCallback] = {}
+        self._deadlines = Deadlines(clock)
+        self._calls: Deque[Callback] = deque()
+        self._at_turn_end: List[Callback] = []
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self.watch(self._wake_receiver, READ, self._woken)
+
+    def __enter__(self) -> Reactor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def wake_fd(self) -> int:
+        """A byte written to this descriptor wakes the loop (``signal.set_wakeup_fd``)."""
+        return self._wake_sender.fileno()
+
+    def watch(self, sock: socket.socket, interest: int, callback: ReadyCallback) -> None:
+        """Calls ``callback(events)`` in each turn in which ``sock`` is ready for its interest.
+
+        ``interest`` and ``events`` are ``READ``, ``WRITE`` or both. Watching a
+        socket again replaces interest and callback.
+        """
+        fd = sock.fileno()
+        if fd in self._watched:
+            self._selector.modify(sock, interest, callback)
+        else:
+            self._selector.register(sock, interest, callback)
+        self._watched[fd] = callback
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Stops calling; does nothing for a socket that is not watched. Before it is closed."""
+        if self._watched.pop(sock.fileno(), None) is not None:
+            self._selector.unregister(sock)
+
+    def deadline(self, seconds: float, callback: Callback) -> Deadline:
+        """Calls ``callback`` once, ``seconds`` from now, unless it is moved or cancelled."""
+        return self._deadlines.add(seconds, callback)
+
+    def at_turn_end(self, callback: Callback) -> None:
+        """Calls ``callback`` once when all that is ready in this turn has been served."""
+        self._at_turn_end.append(callback)
+
+    def call(self, callback: Callback) -> None:
+        """Calls ``callback`` in the next turn, and wakes the loop for it.
+
+        The one method for other threads and for signal handlers.
+        """
+        self._calls.append(callback)
+        try:
+            self._wake_sender.send(b"\0")
+        except OSError:
+            return  # full: it wakes anyway; closed: there is no turn to wake it for
+
+    def turn(self) -> None:
+        """Waits until something is ready or due, and does it."""
+        ready = self._selector.select(0 if self._at_turn_end else self._deadlines.wait())
+        while self._calls:
+            self._calls.popleft()()
+        for key, events in ready:
+            # A callback before this one may have closed the socket, or even opened another of
+            # the same number: only the callback that is registered now may hear of the event.
+            callback = self._watched.get(key.fd)
+            if callback is not None and callback is key.data:
+                callback(events)
+        self._deadlines.fire()
+        while self._at_turn_end:
+            work, self._at_turn_end = self._at_turn_end, []
+            for put_off in work:
+                put_off()
+
+    def close(self) -> None:
+        """Lets go of its own descriptors; sockets that are still watched stay open."""
+        self._watched.clear()
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def _woken(self, _: int) -> None:
+        with suppress(BlockingIOError):
+            while len(self._wake_receiver.recv(4096)) == 4096:
+                continue

@@ -1,0 +1,208 @@
+"""The server: listens, gives each connection a session, commits what a turn has brought, drains.
+
+Rules: one thread and one reactor do everything; nothing here blocks but the
+disk. Changes that are whole at the end of a turn are committed together and
+answered then. Out of descriptors, the listener rests and nothing that was
+accepted is dropped. ``stop`` ends the listening and lets running requests
+finish; a second one does not wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from typing import Dict, List, Optional, Tuple, Union
+
+from .address import format_address, resolve
+from .connection import Connection, Owner
+from .errors import BackupError, ListenFailed
+from .log import Log, to_logging
+from .protocol import RequestReceiver
+from .reactor import READ, Reactor
+from .session import Session
+from .settings import Settings
+from .storage import Store
+from .stream import Stream
+
+# What accept(2) says when the system, not the connection, lacks something.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Server(Owner):
+    """Serves the store below ``root`` on ``address`` (host and port; port 0 takes a free one).
+
+    It is bound and listening when the constructor returns; ``address`` then has
+    the real port. Raises ``ListenFailed``, ``StoreFailed`` or, for a host name
+    nobody knows, ``Unreachable``. ``log`` says where lines go; by default
+    to the logger ``backup`` of the module ``logging``.
+    """
+
+    def __init__(
+        self,
+        root: Union[str, os.PathLike[str]],
+        address: Tuple[str, int] = ("127.0.0.1", 1234),
+        settings: Settings = Settings(),
+        log: Optional[Log] = None,
+    ) -> None:
+        self._settings = settings
+        self._log = Log(to_logging) if log is None else log
+        self._listener = _listen(address, settings.backlog)
+        try:
+            self._store = Store(root, settings)
+        except BackupError:
+            self._listener.close()
+            raise
+        host, port = self._listener.getsockname()[:2]
+        self.address: Tuple[str, int] = (host, port)
+        self._reactor = Reactor()
+        self._scratch = memoryview(bytearray(settings.scratch_bytes))
+        self._sessions: Dict[Connection, Session] = {}
+        self._to_commit: List[Connection] = []
+        self._serving = False
+        self._stopping = False
+        self._closed = False
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def wake_fd(self) -> int:
+        """For ``signal.set_wakeup_fd``, where a signal alone would not end the waiting."""
+        return self._reactor.wake_fd
+
+    def serve_forever(self) -> None:
+        """Serves until ``stop``, then closes everything."""
+        self._log.add(logging.INFO, f"Listening on {format_address(self.address)}")
+        self._serving = True
+        try:
+            self._listen_again()
+            while self._serving:
+                self._log.flush()
+                self._reactor.turn()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Stops accepting, waits ``drain_seconds`` for running requests, ends ``serve_forever``.
+
+        A second call does not wait for them. Any thread and any signal handler
+        may call it; it returns at once.
+        """
+        self._reactor.call(self._stop)
+
+    def close(self) -> None:
+        """Closes every connection and the listener, for a server that is not serving."""
+        if self._closed:
+            return
+        self._closed = True
+        for connection in list(self._sessions):
+            connection.close()
+        self._listener.close()
+        self._reactor.close()
+        self._log.flush()
+
+    def answer_later(self, connection: Connection) -> None:
+        if not self._to_commit:
+            self._reactor.at_turn_end(self._commit)
+        self._to_commit.append(connection)
+
+    def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
+        self._sessions.pop(connection).closed(error)
+        if self._stopping and not self._sessions:
+            self._serving = False
+
+    def _listen_again(self) -> None:
+        if not self._stopping:
+            self._reactor.watch(self._listener, READ, self._accept)
+
+    def _accept(self, _: int) -> None:
+        for _ in range(self._settings.backlog):
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    continue  # a connection that was gone before it was accepted
+                self._rest(error)
+                return
+            self._serve(sock, format_address(address))
+
+    def _rest(self, error: OSError) -> None:
+        seconds = self._settings.accept_pause_seconds
+        self._log.add(logging.WARNING, f"cannot accept: {error.strerror}; again in {seconds:g} s")
+        self._reactor.unwatch(self._listener)
+        self._reactor.deadline(seconds, self._listen_again)
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
+        session = Session(self._store, self._log, peer)
+        connection = Connection(
+            self._reactor,
+            Stream(sock, peer),
+            session,
+            RequestReceiver(),
+            asks=False,
+            scratch=self._scratch,
+            settings=self._settings,
+            owner=self,
+        )
+        self._sessions[connection] = session
+        connection.start()
+
+    def _commit(self) -> None:
+        """Makes the changes of this turn take effect and answers them."""
+        waiting, self._to_commit = self._to_commit, []
+        batch = []
+        for connection in waiting:
+            session = self._sessions.get(connection)
+            if session is not None and session.change is not None:  # not closed meanwhile
+                batch.append((connection, session, session.change))
+        errors = self._store.commit([change for _, _, change in batch])
+        for (connection, session, _), error in zip(batch, errors):
+            connection.send(session.committed(error))
+
+    def _stop(self) -> None:
+        if self._stopping or not self._sessions:
+            self._serving = False
+            return
+        self._stopping = True
+        self._reactor.unwatch(self._listener)
+        self._listener.close()
+        for connection in list(self._sessions):
+            if not connection.begun:
+                connection.close()
+            connection.hurry(self._settings.farewell_seconds)
+        running = len(self._sessions)
+        seconds = self._settings.drain_seconds
+        self._log.add(logging.INFO, f"Stopping: {running} connections have up to {seconds:g} s")
+        self._reactor.deadline(seconds, self._cut_off)
+
+    def _cut_off(self) -> None:
+        self._log.add(logging.WARNING, f"Stopped: {len(self._sessions)} connections were cut off")
+        self._serving = False
+
+
+def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
+    family, place = resolve(address)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where REUSEADDR would share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(backlog)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        hint = "stop what listens there or take another port: --listen HOST:PORT"
+        raise ListenFailed(
+            f"cannot listen on {format_address(address)}: {reason}; {hint}"
+        ) from error
+    return listener

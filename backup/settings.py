@@ -1,0 +1,55 @@
+"""Every tunable, in one place, with its unit and why it has the default it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The tunables of both ends; make another with ``dataclasses.replace``.
+
+    Bytes and seconds throughout.
+    """
+
+    scratch_bytes: int = 256 * KIB
+    """The one receive buffer of a reactor, which all its connections share."""
+
+    turn_bytes: int = 1 * MIB
+    """What one connection may receive or send before the others have their turn."""
+
+    backlog: int = 1024
+    """Connections the kernel keeps for the server until it accepts them."""
+
+    accept_pause_seconds: float = 0.1
+    """How long the listener rests when the system is out of descriptors."""
+
+    header_seconds: float = 10.0
+    """Header and filename must have come this long after the connection."""
+
+    idle_seconds: float = 60.0
+    """After that, the longest time in which not one byte moves, on either end."""
+
+    linger_seconds: float = 30.0
+    """How long the server discards what comes after its answer, until the client closes."""
+
+    drain_seconds: float = 10.0
+    """How long running requests may go on after the server was told to stop."""
+
+    connect_seconds: float = 10.0
+    """How long the client waits for a connection to one address."""
+
+    farewell_seconds: float = 1.0
+    """How long the client waits, after a whole answer, for the server to close."""
+
+    parallel: int = 8
+    """Requests the client has in flight at once, unless it is told otherwise."""
+
+    max_listing_bytes: int = 64 * MIB
+    """The largest LIST answer that the client takes; it is held in memory."""
+
+    stale_seconds: float = 24 * 3600.0
+    """Where files cannot be locked: the age from which a temporary file counts as left behind."""

@@ -1,0 +1,135 @@
+"""Bytes ↔ values of the wire protocol, version 1 (docs/PROTOCOL.md), and nothing else.
+
+Rules: all integers are unsigned and little-endian. A request is a header, the
+filename and, for BACKUP, a size; a response is a header, which holds the size,
+and the filename. The payload follows either and is not this room's concern,
+but for the payload of LIST. Names stay bytes here: an answer echoes what was
+asked, lawful or not.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Iterable, List, NamedTuple
+
+from .errors import BackupError, InvalidName, ProtocolError
+from .names import decode
+
+VERSION = 1
+MAX_USER_ID = 2**32 - 1
+MAX_SIZE = 2**32 - 1
+MAX_FILE_BYTES = MAX_SIZE - 4  # RETRIEVE puts four bytes of size before the file
+
+REQUEST_HEADER = struct.Struct("<IBBH")
+RESPONSE_HEADER = struct.Struct("<BHHI")
+SIZE = struct.Struct("<I")
+NAME_LENGTH = struct.Struct("<H")
+
+
+class Op(IntEnum):
+    """The four operations."""
+
+    BACKUP = 100
+    RETRIEVE = 200
+    DELETE = 201
+    LIST = 202
+
+
+class Status(IntEnum):
+    """What an answer says."""
+
+    STORED = 210
+    DELETED = 211
+    FOUND = 212
+    FAILED = 1001
+    NOT_DELETED = 1002
+    NOT_FOUND = 1003
+
+
+class Request(NamedTuple):
+    """One request without its payload; ``op`` is whatever the peer sent, ``size`` in bytes."""
+
+    user_id: int
+    version: int
+    op: int
+    name: bytes
+    size: int = 0
+
+
+class Response(NamedTuple):
+    """One answer without its payload of ``size`` bytes; ``status`` is whatever the peer sent."""
+
+    version: int
+    status: int
+    name: bytes
+    size: int = 0
+
+
+def encode_request(request: Request) -> bytes:
+    """Header, filename and, for BACKUP, the size."""
+    head = REQUEST_HEADER.pack(request.user_id, request.version, request.op, len(request.name))
+    size = SIZE.pack(request.size) if request.op == Op.BACKUP else b""
+    return head + request.name + size
+
+
+def encode_response(response: Response) -> bytes:
+    """Header and filename; the payload comes behind it."""
+    name = response.name
+    head = RESPONSE_HEADER.pack(response.version, response.status, len(name), response.size)
+    return head + name
+
+
+def failure_status(op: int, error: BackupError) -> int:
+    """What a request of this op that ended in this error is answered (the answers' table).
+
+    Only RETRIEVE tells one failure from another.
+    """
+    if op == Op.DELETE:
+        return Status.NOT_DELETED
+    return error.status if op == Op.RETRIEVE else Status.FAILED
+
+
+def encode_listing(names: Iterable[bytes]) -> bytes:
+    """The payload of LIST: count, then each name behind its length, sorted by bytes."""
+    ordered = sorted(names)
+    parts = [SIZE.pack(len(ordered))]
+    for name in ordered:
+        parts.append(NAME_LENGTH.pack(len(name)))
+        parts.append(name)
+    return b"".join(parts)
+
+
+def decode_listing(payload: bytes) -> List[str]:
+    """The names in a payload of LIST, in the order sent.
+
+    Raises ``ProtocolError`` when count, lengths and payload do not agree, or a
+    name breaks the rule of names.
+    """
+    try:
+        (count,) = SIZE.unpack_from(payload)
+        offset = SIZE.size
+        names = []
+        for _ in range(count):
+            (length,) = NAME_LENGTH.unpack_from(payload, offset)
+            offset += NAME_LENGTH.size
+            raw = payload[offset : offset + length]
+            if len(raw) < length:
+                raise ProtocolError(f"a listed name of {length} bytes passes the payload's end")
+            # What another system could hold is lawful here, though this one may not store it.
+            names.append(decode(raw, windows=False))
+            offset += length
+    except struct.error:
+        raise ProtocolError(
+            f"a listing of {len(payload)} bytes ends before the names it counts"
+        ) from None
+    except InvalidName as error:
+        raise ProtocolError(f"the server lists {error}") from None
+    if offset != len(payload):
+        raise ProtocolError(f"{len(payload) - offset} bytes follow the last name of a listing")
+    return names
+
+
+def op_name(op: int) -> str:
+    """An op as a word for messages; one that is not known as its number."""
+    return Op(op).name if op in set(Op) else str(op)
