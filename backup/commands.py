@@ -164,7 +164,7 @@ def _report(
 ) -> None:
     if line is None:
         for name in outcome.names:
-            console.result(name)
+            console.name(name)
             console.record({"op": command, "name": name})
         return
     console.result(line(outcome))

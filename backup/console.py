@@ -14,6 +14,7 @@ import time
 from typing import Callable, Dict, Mapping, TextIO
 
 from .exchange import Job, subject
+from .names import show
 from .sequence import format_size
 
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
@@ -46,6 +47,10 @@ class Console:
             self._clear()
             self._out.write(f"{text}\n")
             self._out.flush()
+
+    def name(self, name: str) -> None:
+        """A listed name on a line of its own: raw for a program, escaped on a terminal."""
+        self.result(show(name) if self._out.isatty() else name)
 
     def record(self, fields: Dict[str, object]) -> None:
         """An object for programs on stdout; nothing without ``--json``."""

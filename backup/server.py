@@ -84,6 +84,7 @@ class Server(Owner):
             while self._serving:
                 self._log.flush()
                 self._reactor.turn()
+            self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
 
@@ -183,7 +184,7 @@ class Server(Owner):
         self._reactor.deadline(seconds, self._cut_off)
 
     def _cut_off(self) -> None:
-        self._log.add(logging.WARNING, f"Stopped: {len(self._sessions)} connections were cut off")
+        self._log.add(logging.WARNING, f"{len(self._sessions)} connections were cut off")
         self._serving = False
 
 

@@ -69,7 +69,7 @@ def file_payload(content: bytes) -> bytes:
 
 def read_all(sock: socket.socket) -> bytes:
     """Everything until the peer ends."""
-    pieces = []
+    pieces: List[bytes] = []
     while True:
         piece = sock.recv(1 << 16)
         if not piece:

@@ -1,0 +1,51 @@
+"""Every tunable says what it is for, cannot be changed in place, and fits the others."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from typing import Dict
+
+import pytest
+
+from backup import settings
+from backup.settings import Settings
+
+FIELDS = [field.name for field in dataclasses.fields(Settings)]
+
+
+def explained() -> Dict[str, str]:
+    """The text that stands below each field in the source."""
+    (declared,) = ast.parse(inspect.getsource(Settings)).body
+    assert isinstance(declared, ast.ClassDef)
+    found = {}
+    for field, text in zip(declared.body, declared.body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = str(ast.literal_eval(text.value))
+    return found
+
+
+def test_every_field_is_explained_in_a_sentence() -> None:
+    assert list(explained()) == FIELDS
+    assert all(text.endswith(".") for text in explained().values())
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_positive_value_that_nobody_changes_in_place(name: str) -> None:
+    value = getattr(Settings(), name)
+    assert value > 0
+    assert isinstance(value, float) == name.endswith("_seconds")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(Settings(), name, value)
+    assert getattr(dataclasses.replace(Settings(), **{name: value * 2}), name) == value * 2
+
+
+def test_the_values_fit_each_other() -> None:
+    default = Settings()
+    assert default.scratch_bytes <= default.turn_bytes < default.max_listing_bytes
+    assert default.header_seconds <= default.idle_seconds
+    # The client gives up before the server does, so that the server never waits for nobody.
+    assert default.farewell_seconds < default.linger_seconds
+    assert (settings.KIB, settings.MIB) == (1 << 10, 1 << 20)
