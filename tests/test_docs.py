@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Iterator, List
 
@@ -77,21 +79,19 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def serving(checkout: Path) -> Iterator[None]:
     """The README's server, as it says to start it."""
-    log = checkout / "log"
-    with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(
-            ["make", "serve"], cwd=checkout, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stderr is not None
-        try:
-            assert "Listening on" in process.stderr.readline()
-            yield
-        finally:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            for child in children.split():
-                os.kill(int(child), 15)
-            stderr.write(process.communicate(timeout=WAIT_SECONDS)[1])
-    assert process.returncode == 0
+    make = SERVER.split()
+    process = subprocess.Popen(make, cwd=checkout, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "Listening on" in process.stderr.readline()
+    reader = threading.Thread(target=process.stderr.read)  # so that the log never has to wait
+    reader.start()
+    yield
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
+    for child in children.split():
+        os.kill(int(child), signal.SIGTERM)
+    reader.join(WAIT_SECONDS)
+    process.stderr.close()
+    assert process.wait(WAIT_SECONDS) == 0
 
 
 @pytest.mark.usefixtures("serving")
