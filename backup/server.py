@@ -122,7 +122,7 @@ class Server(Owner):
             self._reactor.watch(self._listener, READ, self._accept)
 
     def _accept(self, _: int) -> None:
-        for _ in range(self._settings.backlog):
+        for _ in range(self._settings.accepts_per_turn):
             try:
                 sock, address = self._listener.accept()
             except BlockingIOError:

@@ -18,11 +18,14 @@ class Settings:
     scratch_bytes: int = 256 * KIB
     """The one receive buffer of a reactor, which all its connections share."""
 
-    turn_bytes: int = 1 * MIB
+    turn_bytes: int = 512 * KIB
     """What one connection may receive or send before the others have their turn."""
 
     backlog: int = 1024
     """Connections the kernel keeps for the server until it accepts them."""
+
+    accepts_per_turn: int = 64
+    """Connections the server accepts, and serves as far as they have come, in one turn."""
 
     accept_pause_seconds: float = 0.1
     """How long the listener rests when the system is out of descriptors."""

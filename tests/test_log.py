@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from pathlib import Path
-from typing import List, Sequence
+from typing import ClassVar, List, Sequence
 
 import pytest
 
@@ -105,10 +105,75 @@ def test_the_loss_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.record_tuples == [("backup", logging.WARNING, "7 lines of this log were lost")]
 
 
-def test_a_full_device_loses_lines_and_stops_nobody() -> None:
-    with open("/dev/full", "w", encoding="utf-8") as full:
-        log = Log(to_stream(full))
+def test_a_full_device_stops_nobody_and_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with open("/dev/full", "w", encoding="utf-8") as stream, open(path, "w") as roomy:
+        log = Log(to_stream(stream))
         log.add(logging.INFO, "one")
         log.flush()
         assert log.dropped == 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+        os.dup2(roomy.fileno(), stream.fileno())
+        log.add(logging.INFO, "two")
+        log.flush()
+        assert log.dropped == 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[-2:] == ["[SERVER] 1 lines of this log were lost", "[SERVER] two"]
+
+
+def test_a_log_whose_reader_has_gone_stops_nobody() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as pipe:
+        log = Log(to_stream(io.TextIOWrapper(pipe, write_through=True)))
+        log.add(logging.INFO, "one")
+        log.flush()
+    assert log.dropped == 1
+
+
+def test_a_log_whose_stream_is_closed_stops_nobody() -> None:
+    stream = io.StringIO()
+    log = Log(to_stream(stream))
+    stream.close()
+    log.add(logging.INFO, "one")
+    log.flush()
+    assert log.dropped == 1
+
+
+def test_a_line_that_the_streams_encoding_lacks_stops_nobody() -> None:
+    written = io.BytesIO()
+    log = Log(to_stream(io.TextIOWrapper(written, encoding="ascii")))
+    for text in ("file=é", "file=e"):
+        log.add(logging.INFO, text)
+        log.flush()
+    assert written.getvalue().endswith(b"[SERVER] file=e\n")
+
+
+def test_a_stream_gets_prefixed_lines_in_one_write() -> None:
+    class Stream(io.StringIO):
+        writes: ClassVar[List[str]] = []
+        flushed = 0
+
+        def write(self, text: str) -> int:
+            self.writes.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+    stream = Stream()
+    to_stream(stream)([Line(logging.INFO, "one"), Line(logging.WARNING, "two")])
+    assert stream.writes == [f"{PREFIX}one\n{PREFIX}two\n"]
+    assert stream.flushed == 1
+    assert PREFIX == "[SERVER] "
+
+
+def test_a_server_in_a_library_logs_to_the_logger_backup(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log(to_logging)
+    with caplog.at_level(logging.INFO, "backup"):
+        log.add(logging.INFO, "file=100%s")  # a name is no format
+        log.add(logging.WARNING, "two")
+        log.flush()
+    assert caplog.record_tuples == [
+        ("backup", logging.INFO, "file=100%s"),
+        ("backup", logging.WARNING, "two"),
+    ]
