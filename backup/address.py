@@ -6,6 +6,7 @@ for several addresses; they are tried in the resolver's order.
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import List, Tuple
 
@@ -13,6 +14,8 @@ from .errors import ConfigError, Unreachable
 from .names import show
 
 Address = Tuple[str, int]
+MAX_PORT = 65535
+_PORT = re.compile("[0-9]{1,5}")
 EXPECTED = "expected HOST:PORT, for example 127.0.0.1:1234 or [::1]:1234"
 
 
@@ -23,8 +26,9 @@ def parse(text: str) -> Address:
         host = host[1:-1]
     elif ":" in host:
         colon = ""
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"{show(text)!r} is not an address; {EXPECTED}")
+    lawful = host and colon and show(host) == host and _PORT.fullmatch(port)
+    if not lawful or int(port) > MAX_PORT:
+        raise ConfigError(f"'{show(text)}' is not an address; {EXPECTED}")
     return host, int(port)
 
 
@@ -39,6 +43,8 @@ def resolve(address: Address) -> List[Tuple[int, Tuple[object, ...]]]:
 
     Asks the system's resolver, and waits for it. Raises ``Unreachable``.
     """
+    if not 0 <= address[1] <= MAX_PORT:  # the resolver would take the rest of a division
+        raise Unreachable(f"there is no port {address[1]}; expected 0 to {MAX_PORT}")
     try:
         found = socket.getaddrinfo(address[0], address[1], type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -11,6 +11,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -160,7 +161,7 @@ def _user_options(sub: Parser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from contextlib import suppress
 from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -104,8 +105,8 @@ def store_root(option: Optional[str], environ: Mapping[str, str]) -> str:
 def parse_user_id(text: str, where: str) -> int:
     """A user id in decimal. Raises ``ConfigError`` that names ``where`` it stood."""
     text = text.strip()
-    if not (text.isascii() and text.isdigit() and int(text) <= MAX_USER_ID):
-        raise ConfigError(f"{where}: {show(text)!r} is not a user id; expected 0 to {MAX_USER_ID}")
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > MAX_USER_ID:
+        raise ConfigError(f"{where}: '{show(text)}' is not a user id; expected 0 to {MAX_USER_ID}")
     return int(text)
 
 

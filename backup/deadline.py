@@ -94,7 +94,7 @@ class Deadlines:
                 self._stale -= 1
                 continue
             deadline.entered = NEVER
-            if deadline.when > now:
+            if deadline.when > when:  # it has moved: back into the row, at its place
                 if deadline.when < NEVER:
                     self.enter(deadline)
                 continue

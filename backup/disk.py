@@ -15,11 +15,10 @@ import errno
 import os
 import stat
 import time
-from contextlib import suppress
 from typing import List, Optional, Type
 
 try:
-    import fcntl
+    import fcntl as fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
@@ -31,7 +30,8 @@ HAS_DIR_FD = (
 )
 
 # Without O_NONBLOCK, opening a pipe that lies in the folder would wait for its other end.
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+_SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+_READ = os.O_RDONLY | _SAFELY
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -43,9 +43,10 @@ class Folder:
     """
 
     def __init__(self, path: bytes) -> None:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
         self._path = path
+        self._opened = os.lstat(path)
+        if not stat.S_ISDIR(self._opened.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
 
     def __enter__(self) -> Folder:
         return self
@@ -58,29 +59,43 @@ class Folder:
 
     def open(self, name: bytes) -> int:
         """A descriptor to read ``name`` by. Raises ``OSError``, for a symbolic link too."""
-        path = os.path.join(self._path, name)
-        if stat.S_ISLNK(os.lstat(path).st_mode):
-            raise FileNotFoundError(errno.ENOENT, "a symbolic link", path)
-        return os.open(path, _READ | _BINARY)
+        while True:
+            path = self._at(name)
+            before = os.lstat(path)
+            if stat.S_ISLNK(before.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "a symbolic link", path)
+            fd = os.open(path, _READ | _BINARY)
+            if os.path.samestat(before, status(fd)):
+                return fd
+            os.close(fd)  # another has taken its place meanwhile: a newer file, or a link
 
     def mode(self, name: bytes) -> Optional[int]:
         """``st_mode`` of what has this name, the link itself if it is one; None for nothing."""
         try:
-            return os.lstat(os.path.join(self._path, name)).st_mode
+            return os.lstat(self._at(name)).st_mode
         except FileNotFoundError:
             return None
 
     def take(self, path: bytes, name: bytes) -> None:
         """Moves the file at ``path`` in here as ``name``, in one step, over an older one."""
-        os.replace(path, os.path.join(self._path, name))
+        os.replace(path, self._at(name))
 
     def unlink(self, name: bytes) -> None:
         """Removes ``name``."""
-        os.unlink(os.path.join(self._path, name))
+        os.unlink(self._at(name))
 
     def files(self) -> List[bytes]:
         """The names of the regular files inside, in no order."""
-        return _regular(self._path)
+        return _regular(self._checked())
+
+    def _at(self, name: bytes) -> bytes:
+        return os.path.join(self._checked(), name)
+
+    def _checked(self) -> bytes:
+        """The folder's path, once it has been seen to be still what was opened."""
+        if not os.path.samestat(self._opened, os.lstat(self._path)):
+            raise NotADirectoryError(errno.ENOTDIR, "another has taken its place", self._path)
+        return self._path
 
 
 class DescriptorFolder(Folder):
@@ -122,6 +137,15 @@ def _regular(place: object) -> List[bytes]:
         return [os.fsencode(e.name) for e in entries if e.is_file(follow_symlinks=False)]
 
 
+def status(fd: int) -> os.stat_result:
+    """``fstat(2)``; closes the descriptor when that fails."""
+    try:
+        return os.fstat(fd)
+    except OSError:
+        os.close(fd)
+        raise
+
+
 def create(path: bytes) -> int:
     """A descriptor to write a new file by, readable by its owner alone."""
     return os.open(path, _CREATE | _BINARY, 0o600)
@@ -133,34 +157,33 @@ def write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-def remove(path: bytes) -> None:
-    """Removes a file that may be gone already."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def claim(fd: int) -> bool:
     """Marks an open file as ours until it is closed or this process dies (``flock(2)``).
 
     False when another process has it, or when it has lost its name meanwhile.
-    Where files cannot be locked, always True.
     """
     return _lock(fd) is not False and os.fstat(fd).st_nlink > 0
 
 
-def abandoned(path: bytes, stale_seconds: float) -> bool:
-    """Whether no running process has claimed the file at ``path``.
+def remove_abandoned(path: bytes, stale_seconds: float) -> bool:
+    """Removes the file at ``path`` if no running process has claimed it; whether it did.
 
-    Where files cannot be locked, one untouched for ``stale_seconds`` counts.
+    It stays locked until it is gone, so that nobody claims it in between. Where
+    files cannot be locked, one untouched for ``stale_seconds`` counts.
     """
-    fd = os.open(path, _READ | _BINARY)
+    # NFS makes a byte-range lock of flock(2), and an exclusive one needs a writer.
+    fd = os.open(path, os.O_RDWR | _SAFELY | _BINARY)
     try:
         locked = _lock(fd)
-        if locked is None:
-            return time.time() - os.fstat(fd).st_mtime > stale_seconds
-        return locked
+        if locked:
+            os.unlink(path)
+        stale = time.time() - os.fstat(fd).st_mtime > stale_seconds
     finally:
         os.close(fd)
+    if locked is None and stale:
+        os.unlink(path)  # only now: Windows removes no file that is open, and so protects others'
+        return True
+    return bool(locked)
 
 
 def _lock(fd: int) -> Optional[bool]:

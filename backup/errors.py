@@ -150,7 +150,6 @@ class UnknownOperation(Refused):
 class NotDeleted(Refused):
     """The server answered 1002: the file is not there, or it could not be removed."""
 
-    status = 1002
     reason = "not-deleted"
 
 

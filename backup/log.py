@@ -25,11 +25,7 @@ Sink = Callable[[Sequence[Line]], None]
 
 
 class Log:
-    """Lines of at least ``level``, kept until ``flush`` hands them to ``sink``.
-
-    Without a sink they go to the logger ``backup`` of the module ``logging``,
-    which whoever embeds the server configures or not.
-    """
+    """Lines of at least ``level``, kept until ``flush`` hands them to ``sink``."""
 
     def __init__(self, sink: Sink, level: int = logging.INFO) -> None:
         self._sink = sink
@@ -48,17 +44,19 @@ class Log:
             return
         lines, self._lines = self._lines, []
         if self.dropped:
-            lines.insert(0, Line(logging.WARNING, f"{self.dropped} lines of this log were lost"))
+            lines.insert(
+                0, Line(logging.WARNING, f"lines of this log that were lost: {self.dropped}")
+            )
         try:
             self._sink(lines)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a stream that is closed, or lacks a character
             self.dropped += len(lines) - (1 if self.dropped else 0)
         else:
             self.dropped = 0
 
 
 def to_logging(lines: Sequence[Line]) -> None:
-    """The sink of a server that is used as a library."""
+    """A sink for a server that is embedded: the logger ``backup``, configured or not."""
     logger = logging.getLogger("backup")
     for line in lines:
         logger.log(line.level, "%s", line.text)

@@ -10,9 +10,9 @@ Rules:
 - The machine touches no socket and no file. Fields are held until they are
   whole; payload never is: it leaves as it came, as a view of the caller's
   buffer, valid until the caller receives again.
-- However the bytes are cut, the parts are the same but for the lengths of the
-  ``Data`` among them: ``Head``, any number of ``Data``, ``End``, and ``Excess``
-  for whatever follows. A peer that ends in between makes one ``Cut``.
+- However the bytes are cut, the parts are the same but for how ``Data`` and
+  ``Excess`` are divided: ``Head``, any number of ``Data``, ``End``, and
+  ``Excess`` for whatever follows. A peer that ends in between makes one ``Cut``.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class Receiver:
             elif self.state is _DONE:
                 piece = data
                 parts.append(Excess(len(piece)))
+            elif self.state is State.CUT:
+                self._advance(Event.NAMED)  # there is no way on: KeyError
             else:
                 piece = data[: self._need]
                 self._held += piece

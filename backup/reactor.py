@@ -30,8 +30,19 @@ from .deadline import Deadline, Deadlines
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
+_LONGEST_WAIT = 3600.0  # seconds; the system's own limit is somewhere above
+
 Callback = Callable[[], None]
 ReadyCallback = Callable[[int], None]
+
+
+class _Watch:
+    """One registration: what is called. It is known by itself, not by what it holds."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: ReadyCallback) -> None:
+        self.callback = callback
 
 
 class Reactor:
@@ -40,7 +51,7 @@ class Reactor:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
         self._selector = selectors.DefaultSelector()
-        self._watched: Dict[int, ReadyCallback] = {}
+        self._watched: Dict[int, _Watch] = {}
         self._deadlines = Deadlines(clock)
         self._calls: Deque[Callback] = deque()
         self._at_turn_end: List[Callback] = []
@@ -67,11 +78,13 @@ class Reactor:
         socket again replaces interest and callback.
         """
         fd = sock.fileno()
-        if fd in self._watched:
-            self._selector.modify(sock, interest, callback)
+        watch = self._watched.get(fd)
+        if watch is None:
+            self._watched[fd] = watch = _Watch(callback)
+            self._selector.register(sock, interest, watch)
         else:
-            self._selector.register(sock, interest, callback)
-        self._watched[fd] = callback
+            watch.callback = callback
+            self._selector.modify(sock, interest, watch)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Stops calling; does nothing for a socket that is not watched. Before it is closed."""
@@ -99,20 +112,28 @@ class Reactor:
 
     def turn(self) -> None:
         """Waits until something is ready or due, and does it."""
-        ready = self._selector.select(0 if self._at_turn_end else self._deadlines.wait())
-        while self._calls:
+        ready = self._selector.select(self._patience())
+        for _ in range(len(self._calls)):  # what these ask for is for the next turn
             self._calls.popleft()()
         for key, events in ready:
             # A callback before this one may have closed the socket, or even opened another of
-            # the same number: only the callback that is registered now may hear of the event.
-            callback = self._watched.get(key.fd)
-            if callback is not None and callback is key.data:
-                callback(events)
+            # the same number: only the registration that is there now may hear of the event.
+            watch: _Watch = key.data
+            if self._watched.get(key.fd) is watch:
+                watch.callback(events)
         self._deadlines.fire()
         while self._at_turn_end:
             work, self._at_turn_end = self._at_turn_end, []
             for put_off in work:
                 put_off()
+
+    def _patience(self) -> float:
+        """How long this turn may wait, in seconds."""
+        # A call's wake-up may have been taken in by the turn in which it was made.
+        if self._calls or self._at_turn_end:
+            return 0.0
+        wait = self._deadlines.wait()
+        return _LONGEST_WAIT if wait is None else min(wait, _LONGEST_WAIT)
 
     def close(self) -> None:
         """Lets go of its own descriptors; sockets that are still watched stay open."""

@@ -23,11 +23,11 @@ import errno
 import os
 import stat
 from contextlib import suppress
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Union
 
 from . import disk
 from .errors import BackupError, InvalidName, NotFound, StoreFailed
-from .names import decode, show
+from .names import decode, escape, show
 from .settings import Settings
 
 TEMPORARY = b".tmp"
@@ -66,17 +66,32 @@ class Upload:
         except OSError as error:
             raise _failed("cannot write an upload", self.path, error) from error
 
+    def claim(self) -> bool:
+        """Locks the temporary file against sweeps; False if one was faster."""
+        return disk.claim(self._fd)
+
+    def settle(self) -> None:
+        """Raises ``OSError`` if the system has lost what was written, as NFS says on close(2)."""
+        if disk.fcntl is None:
+            self._close()  # Windows renames no open file
+        else:
+            os.close(os.dup(self._fd))  # so that the lock stays until the file has its name
+
     def close(self) -> None:
-        """Closes the temporary file; nothing may be written after."""
+        """Lets go of the file, which has its name now."""
+        with suppress(OSError):  # settle has heard the last of what there was to hear
+            self._close()
+
+    def abort(self) -> None:
+        """Gives the upload up: its temporary file goes, or is left to the next start's sweep."""
+        self.close()
+        with suppress(OSError):
+            os.unlink(self.path)
+
+    def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def abort(self) -> None:
-        """Removes the temporary file; after a commit, does nothing."""
-        if self._fd >= 0:
-            self.close()
-            disk.remove(self.path)
 
 
 Change = Union[Upload, Removal]
@@ -103,7 +118,7 @@ class Store:
             os.makedirs(self._temporary, 0o700, exist_ok=True)
             self.sweep()
             # Finds out now, not at the first upload, that nothing can be written.
-            Upload(0, b"", *self._new_temporary()).abort()
+            self._new_upload(0, b"").abort()
         except OSError as error:
             raise _failed("cannot keep files", self._root, error) from error
 
@@ -114,10 +129,9 @@ class Store:
         """
         decode(name)
         try:
-            path, fd = self._new_temporary()
+            return self._new_upload(user_id, name)
         except OSError as error:
             raise _failed("cannot begin an upload", self._temporary, error) from error
-        return Upload(user_id, name, path, fd)
 
     def remove(self, user_id: int, name: bytes) -> Removal:
         """The removal of ``name``, to be handed to ``commit``. Raises ``InvalidName``."""
@@ -139,11 +153,11 @@ class Store:
         try:
             with self._folder(user_id) as folder:
                 fd = _open_file(folder, name)
+                found = disk.status(fd)
         except FileNotFoundError:
             raise _not_found(user_id, name) from None
         except OSError as error:
             raise _failed("cannot read", self._user_path(user_id), error) from error
-        found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise _not_found(user_id, name)
@@ -167,27 +181,26 @@ class Store:
             for name in folder.files():
                 path = os.path.join(self._temporary, name)
                 try:
-                    if disk.abandoned(path, self._settings.stale_seconds):
-                        folder.unlink(name)
-                        swept += 1
-                except FileNotFoundError:
-                    continue  # its store finished it, or another start swept it first
+                    swept += disk.remove_abandoned(path, self._settings.stale_seconds)
+                except (FileNotFoundError, PermissionError):
+                    continue  # finished, or swept by another start, or another account's
         return swept
 
     def _apply(self, change: Change) -> Optional[BackupError]:
+        failure: BackupError
         try:
             if isinstance(change, Upload):
                 self._put_in_place(change)
             else:
                 self._remove(change)
+            return None
         except BackupError as error:
-            return error
+            failure = error
         except OSError as error:
-            return _failed("cannot change", self._user_path(change.user_id), error)
-        finally:
-            if isinstance(change, Upload):
-                change.abort()
-        return None
+            failure = _failed("cannot change", self._user_path(change.user_id), error)
+        if isinstance(change, Upload):
+            change.abort()
+        return failure
 
     def _put_in_place(self, upload: Upload) -> None:
         with self._folder(upload.user_id, create=True) as folder:
@@ -195,8 +208,9 @@ class Store:
             if mode is not None and not stat.S_ISREG(mode):
                 raise StoreFailed(
                     "what has this name in the user's folder is not a regular file; look at it",
-                    show(os.fsdecode(upload.name)),
+                    escape(upload.name, keep=" "),
                 )
+            upload.settle()
             folder.take(upload.path, upload.name)
         upload.close()
 
@@ -217,22 +231,27 @@ class Store:
         try:
             return disk.open_folder(path)
         except FileNotFoundError:
+            if not os.path.isdir(self._temporary):  # not this user is missing, but the whole root
+                raise NotADirectoryError(errno.ENOTDIR, "the store is not there") from None
             if not create:
                 raise
         with suppress(FileExistsError):  # another server of this root may have made it first
             os.mkdir(path, 0o700)
         return disk.open_folder(path)
 
-    def _new_temporary(self) -> Tuple[bytes, int]:
-        """Path and descriptor of a new file in the temporary folder, claimed."""
+    def _new_upload(self, user_id: int, name: bytes) -> Upload:
+        """An upload with a new file in the temporary folder, claimed."""
         while True:
             self._count += 1
             path = os.path.join(self._temporary, b"%s-%d" % (self._prefix, self._count))
-            fd = disk.create(path)
-            if disk.claim(fd):
-                return path, fd
-            os.close(fd)  # another start swept it between the two lines: take a new one
-            disk.remove(path)
+            upload = Upload(user_id, name, path, disk.create(path))
+            try:
+                if upload.claim():
+                    return upload
+            except OSError:
+                upload.abort()
+                raise
+            upload.abort()  # another start swept it between the two calls: a new one
 
 
 def _open_file(folder: disk.Folder, name: bytes) -> int:
@@ -253,7 +272,7 @@ def _lawful(name: bytes) -> bool:
 
 
 def _not_found(user_id: int, name: bytes) -> NotFound:
-    return NotFound(f"user {user_id} has no such file", show(os.fsdecode(name)))
+    return NotFound(f"user {user_id} has no such file", escape(name, keep=" "))
 
 
 def _failed(what: str, path: bytes, error: OSError) -> StoreFailed:

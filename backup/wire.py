@@ -124,7 +124,7 @@ def decode_listing(payload: bytes) -> List[str]:
             f"a listing of {len(payload)} bytes ends before the names it counts"
         ) from None
     except InvalidName as error:
-        raise ProtocolError(f"the server lists {error}") from None
+        raise ProtocolError(f"the server lists {error.subject!r}, which is no name") from None
     if offset != len(payload):
         raise ProtocolError(f"{len(payload) - offset} bytes follow the last name of a listing")
     return names

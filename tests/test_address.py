@@ -49,6 +49,7 @@ def test_an_address_is_host_and_port(text: str, address: Tuple[str, int]) -> Non
         "localhost:²",
         "localhost:65536",
         "localhost:99999999999999999999",
+        "127.0.0.1\0.example.org:1",  # the system would look up what stands before the NUL
         pytest.param("localhost:" + "1" * 5000, id="5000 digits"),
     ],
 )
@@ -124,3 +125,9 @@ def test_a_host_that_no_resolver_could_be_asked_for_is_unreachable(host: str) ->
     with pytest.raises(Unreachable, match="check the host name") as caught:
         resolve((host, 7))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_does_not_become_another(port: int) -> None:
+    with pytest.raises(Unreachable):
+        resolve(("127.0.0.1", port))

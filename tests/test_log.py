@@ -89,7 +89,7 @@ def test_lost_lines_are_counted_and_the_next_write_says_so() -> None:
     sink.broken.clear()
     log.add(logging.INFO, "four")
     log.flush()
-    assert sink.writes == [["3 lines of this log were lost", "four"]]
+    assert sink.writes == [["lines of this log that were lost: 3", "four"]]
     assert log.dropped == 0
     log.add(logging.INFO, "five")
     log.flush()
@@ -102,7 +102,7 @@ def test_the_loss_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     log.add(logging.INFO, "one")
     with caplog.at_level(logging.WARNING, "backup"):
         log.flush()
-    assert caplog.record_tuples == [("backup", logging.WARNING, "7 lines of this log were lost")]
+    assert caplog.record_tuples == [("backup", logging.WARNING, "lines of this log that were lost: 7")]
 
 
 def test_a_full_device_stops_nobody_and_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_full_device_stops_nobody_and_the_log_goes_on_when_there_is_room(tmp_p
         log.flush()
         assert log.dropped == 0
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[-2:] == ["[SERVER] 1 lines of this log were lost", "[SERVER] two"]
+    assert lines[-2:] == ["[SERVER] lines of this log that were lost: 1", "[SERVER] two"]
 
 
 def test_a_log_whose_reader_has_gone_stops_nobody() -> None:

@@ -180,10 +180,10 @@ def test_whatever_the_bytes_the_rule_decides_and_lawful_names_come_back() -> Non
         else:
             with pytest.raises(InvalidName):
                 decode(raw, windows=False)
-    assert 1000 < lawful < 3000  # both kinds were among them
+    assert 500 < lawful < 3500  # both kinds were among them
 
 
-@pytest.mark.parametrize("name", ["\ud800", "a\udfff", "\udcff", "\udc80\ud800"])
+@pytest.mark.parametrize("name", [chr(0xD800), "a\udfff", "\udcff", "\udc80\ud800"])
 def test_a_str_with_a_lone_surrogate_is_no_name(name: str) -> None:
     with pytest.raises(InvalidName, match="it is not UTF-8"):
         encode(name)
