@@ -60,7 +60,7 @@ class Source(Body):
     def send(self, stream: Stream, limit: int) -> Optional[int]:
         if not self._held:
             self._held = self._read(min(limit, self.remaining, _CHUNK_BYTES))
-        count = stream.send(self._held)
+        count = stream.send(self._held[:limit])
         if count is not None:
             self._held = self._held[count:]
             self.remaining -= count
@@ -102,11 +102,12 @@ class Target:
     def begin(self) -> None:
         """Makes the file that is written until the answer is whole. Raises ``LocalFileError``."""
         folder = os.path.dirname(self._path)
-        self._part = os.path.join(folder, f".backup-{os.urandom(8).hex()}.part")
+        part = os.path.join(folder, f".backup-{os.urandom(8).hex()}.part")
         try:
-            self._fd = os.open(self._part, _CREATE, 0o666)
+            self._fd = os.open(part, _CREATE, 0o666)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
+        self._part = part
 
     def write(self, data: memoryview) -> None:
         """Appends ``data``. Raises ``LocalFileError``."""
@@ -126,17 +127,19 @@ class Target:
                 self._name_new()
         except FileExistsError:
             raise self._exists() from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Removes what was written; after ``finish``, does nothing."""
-        self._close()
+        """Removes what was written, if it can be removed; after ``finish``, does nothing."""
+        with suppress(OSError):
+            self._close()
         if self._part:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(self._part)
+            self._part = ""
 
     def _name_new(self) -> None:
         """Gives the name without ever taking it from another file: link(2) refuses to."""

@@ -50,12 +50,16 @@ class Reactor:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
-        self._selector = selectors.DefaultSelector()
         self._watched: Dict[int, _Watch] = {}
         self._deadlines = Deadlines(clock)
         self._calls: Deque[Callback] = deque()
         self._at_turn_end: List[Callback] = []
-        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        try:
+            self._wake_receiver, self._wake_sender = socket.socketpair()
+        except OSError:
+            self._selector.close()
+            raise
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self.watch(self._wake_receiver, READ, self._woken)

@@ -2,8 +2,9 @@
 
 Rules: one thread and one reactor do everything; nothing here blocks but the
 disk. Changes that are whole at the end of a turn are committed together and
-answered then. Out of descriptors, the listener rests and nothing that was
-accepted is dropped. ``stop`` ends the listening and lets running requests
+answered then. No more connections are accepted than descriptors can serve; the
+others wait. When the system is out of them all the same, the listener rests, and
+nothing that was accepted is dropped. ``stop`` ends the listening and lets running requests
 finish; a second one does not wait.
 """
 
@@ -13,10 +14,11 @@ import errno
 import logging
 import os
 import socket
+import sys
 from typing import Dict, List, Optional, Tuple, Union
 
 from .address import format_address, resolve
-from .connection import Connection, Owner
+from .connection import Connection, Owner, Phase
 from .errors import BackupError, ListenFailed
 from .log import Log, to_logging
 from .protocol import RequestReceiver
@@ -25,6 +27,13 @@ from .session import Session
 from .settings import Settings
 from .storage import Store
 from .stream import Stream
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_SPARE = 20  # descriptors for the loop, the listener, the log, a folder, and what was open before
 
 # What accept(2) says when the system, not the connection, lacks something.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -51,15 +60,19 @@ class Server(Owner):
         self._listener = _listen(address, settings.backlog)
         try:
             self._store = Store(root, settings)
-        except BackupError:
+            self._reactor = Reactor()
+        except BaseException as error:
             self._listener.close()
+            if isinstance(error, OSError):
+                raise _cannot_listen(address, error, "close what it has open") from error
             raise
         host, port = self._listener.getsockname()[:2]
         self.address: Tuple[str, int] = (host, port)
-        self._reactor = Reactor()
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: List[Connection] = []
+        self._room = _room_for_connections()
+        self._full = False
         self._serving = False
         self._stopping = False
         self._closed = False
@@ -84,6 +97,7 @@ class Server(Owner):
             while self._serving:
                 self._log.flush()
                 self._reactor.turn()
+            self._close_connections()
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
@@ -101,8 +115,7 @@ class Server(Owner):
         if self._closed:
             return
         self._closed = True
-        for connection in list(self._sessions):
-            connection.close()
+        self._close_connections()
         self._listener.close()
         self._reactor.close()
         self._log.flush()
@@ -114,8 +127,15 @@ class Server(Owner):
 
     def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
         self._sessions.pop(connection).closed(error)
+        if self._full:
+            self._full = False
+            self._listen_again()
         if self._stopping and not self._sessions:
             self._serving = False
+
+    def _close_connections(self) -> None:
+        for connection in list(self._sessions):
+            connection.close()
 
     def _listen_again(self) -> None:
         if not self._stopping:
@@ -123,6 +143,10 @@ class Server(Owner):
 
     def _accept(self, _: int) -> None:
         for _ in range(self._settings.accepts_per_turn):
+            if len(self._sessions) >= self._room:
+                self._reactor.unwatch(self._listener)  # until one of them is closed
+                self._full = True
+                return
             try:
                 sock, address = self._listener.accept()
             except BlockingIOError:
@@ -178,19 +202,38 @@ class Server(Owner):
             if not connection.begun:
                 connection.close()
             connection.hurry(self._settings.farewell_seconds)
-        running = len(self._sessions)
         seconds = self._settings.drain_seconds
-        self._log.add(logging.INFO, f"Stopping: {running} connections have up to {seconds:g} s")
+        running = self._running()
+        if running:
+            text = f"Stopping; running requests: {running}, which have up to {seconds:g} s"
+            self._log.add(logging.INFO, text)
         self._reactor.deadline(seconds, self._cut_off)
 
+    def _running(self) -> int:
+        """How many requests are not answered yet."""
+        return sum(connection.phase is Phase.EXCHANGING for connection in self._sessions)
+
     def _cut_off(self) -> None:
-        self._log.add(logging.WARNING, f"{len(self._sessions)} connections were cut off")
+        running = self._running()
+        if running:
+            self._log.add(logging.WARNING, f"requests that were cut off: {running}")
         self._serving = False
+
+
+def _room_for_connections() -> int:
+    """How many connections the descriptor limit allows: each may need a second one for its file."""
+    if resource is None:
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, (limit - _SPARE) // 2)
 
 
 def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
     family, place = resolve(address)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _cannot_listen(address, error, "take another address") from error
     try:
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where REUSEADDR would share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -201,9 +244,13 @@ def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        reason = (error.strerror or str(error)).lower()
-        hint = "stop what listens there or take another port: --listen HOST:PORT"
-        raise ListenFailed(
-            f"cannot listen on {format_address(address)}: {reason}; {hint}"
-        ) from error
+        taken = "stop what listens there or take another port: --listen HOST:PORT"
+        other = "take another address: --listen HOST:PORT"
+        hint = taken if error.errno == errno.EADDRINUSE else other
+        raise _cannot_listen(address, error, hint) from error
     return listener
+
+
+def _cannot_listen(address: Tuple[str, int], error: OSError, hint: str) -> ListenFailed:
+    reason = (error.strerror or str(error)).lower()
+    return ListenFailed(f"cannot listen on {format_address(address)}: {reason}; {hint}")

@@ -4,8 +4,8 @@ Rules: a request becomes an answer, as values: ``take`` returns what to send.
 Nothing is changed here: an upload is written to its temporary file, and what
 would take effect, a whole upload or a removal, is left in ``change`` for the
 server to commit with all others of the turn. Any ``Refused`` becomes the
-failure status of the operation. Every request that got as far as its filename
-leaves exactly one line in the log, when it ends.
+failure status of the operation. Every request that is answered, or whose fields
+were whole, leaves exactly one line in the log, when it ends.
 """
 
 from __future__ import annotations

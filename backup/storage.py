@@ -119,7 +119,7 @@ class Store:
             self.sweep()
             # Finds out now, not at the first upload, that nothing can be written.
             self._new_upload(0, b"").abort()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _failed("cannot keep files", self._root, error) from error
 
     def begin(self, user_id: int, name: bytes) -> Upload:
@@ -275,6 +275,6 @@ def _not_found(user_id: int, name: bytes) -> NotFound:
     return NotFound(f"user {user_id} has no such file", escape(name, keep=" "))
 
 
-def _failed(what: str, path: bytes, error: OSError) -> StoreFailed:
-    reason = error.strerror or str(error)
+def _failed(what: str, path: bytes, error: Union[OSError, ValueError]) -> StoreFailed:
+    reason = (getattr(error, "strerror", None) or str(error)).lower()
     return StoreFailed(f"{what}: {reason}; check this folder and its disk", show(os.fsdecode(path)))

@@ -102,7 +102,9 @@ def test_the_loss_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     log.add(logging.INFO, "one")
     with caplog.at_level(logging.WARNING, "backup"):
         log.flush()
-    assert caplog.record_tuples == [("backup", logging.WARNING, "lines of this log that were lost: 7")]
+    assert caplog.record_tuples == [
+        ("backup", logging.WARNING, "lines of this log that were lost: 7")
+    ]
 
 
 def test_a_full_device_stops_nobody_and_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:

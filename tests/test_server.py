@@ -1,0 +1,654 @@
+"""The server around its sessions: listening, accepting, committing, draining, the log.
+
+What the operations do and answer is in ``test_session``; how the whole stands
+up to hostile clients and to many at once is in ``test_resilience``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from queue import Queue
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import pytest
+
+from backup.errors import BackupError, ListenFailed, StoreFailed, Unreachable
+from backup.log import Line, Log
+from backup.server import Server
+from backup.settings import Settings
+from tests.conftest import ServerFactory
+from tests.helpers import (
+    ROOT,
+    WAIT_SECONDS,
+    RunningServer,
+    ask,
+    connect,
+    file_payload,
+    read_all,
+    request,
+    response,
+)
+
+BACKUP, RETRIEVE, DELETE, LIST = 100, 200, 201, 202
+EMPTY_LIST = response(212, b"", b"\0\0\0\0")
+UPLOAD = request(11, BACKUP, b"a", b"0123456789")
+LONG = 10 * WAIT_SECONDS
+"""Longer than a test would wait: what takes effect within a test was not this deadline."""
+
+
+def loopbacks() -> List[str]:
+    """The loopback addresses of this machine."""
+    found = ["127.0.0.1"]
+    with suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        found.append("::1")
+    return found
+
+
+def settle(server: RunningServer) -> None:
+    """Returns when the server has taken all that was sent to it before.
+
+    It accepts in order, and what was there when it accepted is read in the same turn.
+    """
+    assert ask(server.address, request(2**32 - 1, LIST)) == EMPTY_LIST
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[None]:
+    """Serves in a thread of its own meanwhile."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        server.stop()
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def begin_upload(server: RunningServer, data: bytes = UPLOAD[:-5]) -> socket.socket:
+    """A connection with an upload that is under way; the default lacks its last five bytes."""
+    sock = connect(server.address)
+    sock.sendall(data)
+    settle(server)
+    return sock
+
+
+def peer(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"{host}:{port}"
+
+
+def refuse(code: int) -> Callable[..., Any]:
+    """Stands in for a call that the system refuses."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+# Made and unmade
+
+
+@pytest.mark.parametrize("host", loopbacks())
+def test_it_listens_when_the_constructor_returns(tmp_path: Path, host: str) -> None:
+    with Server(tmp_path, (host, 0)) as server:
+        assert server.address[0] == host
+        assert server.address[1] > 0
+        connect(server.address).close()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.address)
+
+
+def test_closing_it_twice_is_closing_it_once(tmp_path: Path) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    server.close()
+    server.close()
+
+
+@pytest.mark.parametrize("host", loopbacks())
+def test_it_serves_and_logs_both_kinds_of_addresses(tmp_path: Path, host: str) -> None:
+    lines: List[str] = []
+    log = Log(lambda new: lines.extend(line.text for line in new))
+    server = Server(tmp_path, (host, 0), log=log)
+    with serving(server):
+        assert ask(server.address, UPLOAD) == response(210, b"a")
+    shown = f"[{host}]" if ":" in host else host
+    assert lines[0] == f"Listening on {shown}:{server.address[1]}"
+    assert f" peer={shown}:" in lines[1]
+    assert lines[-1] == "Stopped"
+
+
+def test_a_port_that_is_taken_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with Server(tmp_path / "one", ("127.0.0.1", 0)) as server:
+        with pytest.raises(ListenFailed) as caught:
+            Server(tmp_path / "two", server.address)
+        port = server.address[1]
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port}: address already in use;"
+        " stop what listens there or take another port: --listen HOST:PORT"
+    )
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_port_is_free_again_as_soon_as_its_server_has_stopped(server: RunningServer) -> None:
+    # The server ends first, so that the system remembers the connection for a while.
+    assert ask(server.address, request(11, LIST)) == EMPTY_LIST
+    server.stop()
+    with Server(server.root, server.address) as again:
+        assert again.address == server.address
+
+
+@pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EACCES])
+def test_an_address_that_cannot_be_had_is_not_blamed_on_another_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(socket.socket, "bind", refuse(code))
+    with pytest.raises(ListenFailed) as caught:
+        Server(tmp_path, ("127.0.0.1", 1))
+    text = str(caught.value)
+    assert text.startswith(f"cannot listen on 127.0.0.1:1: {os.strerror(code).lower()}; ")
+    assert "stop what listens there" not in text
+
+
+def test_an_address_family_the_system_lacks_is_a_listen_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", refuse(errno.EAFNOSUPPORT))
+    with pytest.raises(ListenFailed, match="address family not supported"):
+        Server(tmp_path, ("127.0.0.1", 0))
+
+
+def test_a_host_nobody_knows_is_unreachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(Unreachable, match="Name or service not known; check the host name"):
+        Server(tmp_path, ("nowhere.example", 0))
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_root_that_is_or_lies_below_a_file_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"not a folder")
+    with pytest.raises(StoreFailed, match="cannot keep files"):
+        Server(tmp_path / "file" / below, ("127.0.0.1", 0))
+    assert (tmp_path / "file").read_bytes() == b"not a folder"
+
+
+def test_a_root_no_path_can_spell_leaves_nothing_open(tmp_path: Path) -> None:
+    with pytest.raises((BackupError, ValueError)):
+        Server(f"{tmp_path}/\0", ("127.0.0.1", 0))
+
+
+def test_a_server_that_finds_no_descriptors_for_its_loop_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socketpair", refuse(errno.EMFILE))
+    with pytest.raises(BackupError, match=r"[Tt]oo many open files"):
+        Server(tmp_path, ("127.0.0.1", 0))
+
+
+def test_where_reusing_an_address_would_share_it_the_port_is_taken_exclusively(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_options: List[Tuple[int, int]] = []
+
+    class Recording(socket.socket):
+        def setsockopt(self, level: int, option: int, value: int) -> None:  # type: ignore[override]
+            set_options.append((option, value))
+            super().setsockopt(level, option, value)
+
+    monkeypatch.setattr(socket, "socket", Recording)
+    # An option that is there and harmless, in place of one that only Windows has.
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    Server(tmp_path, ("127.0.0.1", 0)).close()
+    assert set_options == [(socket.SO_KEEPALIVE, 1)]
+
+
+def test_closing_a_server_that_is_not_serving_ends_its_connections(tmp_path: Path) -> None:
+    with ExitStack() as clients:
+        with Server(tmp_path, ("127.0.0.1", 0)) as server:
+            client = clients.enter_context(connect(server.address))
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+# Serving
+
+
+def test_a_file_goes_up_and_comes_back(server: RunningServer) -> None:
+    assert ask(server.address, UPLOAD) == response(210, b"a")
+    found = response(212, b"a", file_payload(b"0123456789"))
+    assert ask(server.address, request(11, RETRIEVE, b"a")) == found
+    assert ask(server.address, request(11, DELETE, b"a")) == response(211, b"a")
+    assert ask(server.address, request(11, LIST)) == EMPTY_LIST
+    assert server.stored(11) == []
+
+
+def ask_in_one_turn(server: Server, requests: List[bytes]) -> List[bytes]:
+    """The answers to requests that are all there before the server begins to serve."""
+    with ExitStack() as clients:
+        socks = [clients.enter_context(connect(server.address)) for _ in requests]
+        for sock, data in zip(socks, requests):
+            sock.sendall(data)
+        with serving(server):
+            return [read_all(sock) for sock in socks]
+
+
+def test_changes_that_are_whole_in_one_turn_are_answered_in_it(tmp_path: Path) -> None:
+    turns: List[List[str]] = []
+    log = Log(lambda lines: turns.append([line.text for line in lines]))
+    server = Server(tmp_path, ("127.0.0.1", 0), log=log)
+    names = [b"a", b"b", b"c"]
+    answers = ask_in_one_turn(server, [request(11, BACKUP, name, b"xyz") for name in names])
+    assert answers == [response(210, name) for name in names]
+    expected = [f"user=11 op=100 file={name.decode()}" for name in names]
+    assert [text.split(" status=")[0] for text in turns[1]] == expected
+    assert sorted(os.listdir(tmp_path / "11")) == ["a", "b", "c"]
+
+
+def test_one_turns_changes_take_effect_in_order_and_the_failed_one_fails_alone(
+    tmp_path: Path,
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    (tmp_path / "12").write_bytes(b"not a folder")
+    requests = [
+        request(11, DELETE, b"a"),
+        request(11, BACKUP, b"a", b"older"),
+        request(12, BACKUP, b"a", b"xyz"),
+        request(11, BACKUP, b"a", b"newer"),
+        request(13, BACKUP, b"b", b"xyz"),
+        request(13, DELETE, b"b"),
+    ]
+    assert ask_in_one_turn(server, requests) == [
+        response(1002, b"a"),
+        response(210, b"a"),
+        response(1001, b"a"),
+        response(210, b"a"),
+        response(210, b"b"),
+        response(211, b"b"),
+    ]
+    assert (tmp_path / "11" / "a").read_bytes() == b"newer"
+    assert os.listdir(tmp_path / "13") == []
+    assert os.listdir(tmp_path / ".tmp") == []
+
+
+def test_an_upload_whose_deadline_passes_in_the_turn_that_completes_it_is_all_or_nothing(
+    serve: ServerFactory,
+) -> None:
+    server = serve(Settings(header_seconds=LONG, idle_seconds=0.0))
+    with connect(server.address) as sock:
+        settle(server)
+        sock.sendall(UPLOAD)
+        answer = read_all(sock)
+    assert answer == (response(210, b"a") if server.stored(11) else b"")
+    assert ask(server.address, request(12, LIST)) == EMPTY_LIST
+
+
+def test_two_servers_share_one_root(serve: ServerFactory) -> None:
+    one = serve()
+    with begin_upload(one) as sock:
+        two = serve()  # sweeps what crashes left, but not what the first one is writing
+        assert len(one.temporary()) == 1
+        assert ask(two.address, request(11, BACKUP, b"b", b"xyz")) == response(210, b"b")
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+    for server in (one, two):
+        listing = ask(server.address, request(11, LIST))
+        assert listing == response(212, b"", b"\2\0\0\0\1\0a\1\0b")
+    found = response(212, b"a", file_payload(b"0123456789"))
+    assert ask(two.address, request(11, RETRIEVE, b"a")) == found
+    assert ask(two.address, request(11, DELETE, b"a")) == response(211, b"a")
+    assert ask(one.address, request(11, RETRIEVE, b"a")) == response(1003, b"a")
+
+
+# Accepting
+
+
+def fail_accept(monkeypatch: pytest.MonkeyPatch, codes: List[int]) -> None:
+    """Makes as many calls of ``accept`` fail, with these errors."""
+    accept = socket.socket.accept
+
+    def failing(sock: socket.socket) -> Tuple[socket.socket, Any]:
+        if codes:
+            code = codes.pop(0)
+            raise OSError(code, os.strerror(code))
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_system_that_lacks_something_lets_the_listener_rest(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    server = serve(Settings(accept_pause_seconds=0.01))
+    fail_accept(monkeypatch, [code, code])
+    assert ask(server.address, UPLOAD) == response(210, b"a")
+    expected = f"cannot accept: {os.strerror(code)}; again in 0.01 s"
+    assert expected in server.lines
+
+
+def test_while_the_listener_rests_nobody_is_accepted_and_others_are_served(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(Settings(accept_pause_seconds=LONG))
+    with begin_upload(server) as sock:
+        fail_accept(monkeypatch, [errno.EMFILE])
+        with connect(server.address) as waiting:
+            waiting.sendall(request(11, LIST))
+            server.wait_for_line(lambda line: line.startswith("cannot accept"))
+            sock.sendall(UPLOAD[-5:])
+            assert read_all(sock) == response(210, b"a")
+            waiting.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                waiting.recv(1)
+    assert sum(line.startswith("cannot accept") for line in server.lines) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPROTO])
+def test_a_connection_that_was_gone_before_it_was_accepted_delays_nobody(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    server = serve(Settings(accept_pause_seconds=LONG))
+    fail_accept(monkeypatch, [code, code])
+    assert ask(server.address, UPLOAD) == response(210, b"a")
+    assert not any(line.startswith("cannot accept") for line in server.lines)
+
+
+def test_a_listener_that_rests_stays_closed_when_the_server_is_stopped(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(Settings(accept_pause_seconds=0.01, drain_seconds=0.1))
+    with begin_upload(server):
+        fail_accept(monkeypatch, [errno.EMFILE] * 1_000_000)
+        with connect(server.address):
+            server.wait_for_line(lambda line: line.startswith("cannot accept"))
+            server.server.stop()
+            server.join()  # the pause has passed meanwhile
+    assert "Stopped" in server.lines
+
+
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def cpu_ticks(pid: int) -> int:
+    """Processor time that a process has used, in ticks of the system's clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_out_of_descriptors_connections_wait_and_are_then_served(tmp_path: Path) -> None:
+    serve = ["-m", "backup", "serve", "--listen", "127.0.0.1:0", "--root", str(tmp_path / "store")]
+    command = [sys.executable, "-c", LIMITED, "40", *serve]
+    with ExitStack() as stack:
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+        stack.enter_context(child)
+        stack.callback(child.terminate)
+        assert child.stderr is not None
+        port = int(child.stderr.readline().rsplit(b":", 1)[1])
+        names = [b"%d" % number for number in range(100)]
+        socks = [stack.enter_context(connect(("127.0.0.1", port))) for _ in names]
+        last = stack.enter_context(connect(("127.0.0.1", port)))
+        last.sendall(request(11, LIST))
+        before = cpu_ticks(child.pid)
+        last.settimeout(0.5)
+        with pytest.raises(socket.timeout):
+            last.recv(1)  # it is neither answered nor dropped
+        last.settimeout(WAIT_SECONDS)
+        assert cpu_ticks(child.pid) - before < 0.1 * os.sysconf("SC_CLK_TCK"), "it spins"
+        answers: Dict[bytes, bytes] = {}
+        for sock, name in zip(socks, names):
+            sock.sendall(request(11, BACKUP, name, b"xyz"))
+            answers[name] = read_all(sock)
+            sock.close()
+        assert read_all(last).startswith(response(212)[:3])
+    assert answers == {name: response(210, name) for name in names}
+
+
+# Stopping
+
+
+def test_a_server_without_connections_stops_at_once(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    server.server.stop()
+    server.join()
+    assert server.lines == [f"Listening on 127.0.0.1:{server.address[1]}", "Stopped"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_server_that_was_stopped_before_it_serves_does_not_serve(
+    tmp_path: Path, times: int
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    for _ in range(times):
+        server.stop()
+    server.serve_forever()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.address)
+
+
+def test_stopping_a_server_that_has_stopped_does_nothing(serve: ServerFactory) -> None:
+    server = serve()
+    server.stop()
+    before = server.lines
+    server.server.stop()
+    server.server.close()
+    assert server.lines == before
+
+
+def test_a_signal_handler_may_stop_it(tmp_path: Path) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    before = signal.signal(signal.SIGALRM, lambda *_: server.stop())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        server.serve_forever()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.address)
+
+
+def test_a_byte_on_its_wake_descriptor_ends_the_waiting(tmp_path: Path) -> None:
+    written: Queue[str] = Queue()
+
+    def sink(lines: Sequence[Line]) -> None:
+        for line in lines:
+            written.put(line.text)
+
+    log = Log(sink)
+    server = Server(tmp_path, ("127.0.0.1", 0), log=log)
+    with serving(server):
+        assert written.get(timeout=WAIT_SECONDS).startswith("Listening")
+        log.add(logging.INFO, "kept")  # it is written at the beginning of the next turn
+        os.write(server.wake_fd, b"\0")
+        assert written.get(timeout=WAIT_SECONDS) == "kept"
+
+
+def test_a_stop_that_comes_while_the_loop_wakes_up_is_not_lost(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = socket.socket.recv
+    stops = [server.server.stop]
+
+    def stopped_meanwhile(sock: socket.socket, size: int) -> bytes:
+        while stops:
+            stops.pop()()
+        return receive(sock, size)
+
+    server.wait_for_line(lambda line: line.startswith("Listening"))
+    monkeypatch.setattr(socket.socket, "recv", stopped_meanwhile)
+    os.write(server.server.wake_fd, b"\0")  # the loop takes this byte, and that of stop with it
+    server.join()
+
+
+def test_an_upload_under_way_is_finished_and_acknowledged_after_stop(
+    serve: ServerFactory,
+) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    with begin_upload(server) as sock:
+        server.server.stop()
+        server.wait_for_line(lambda line: line.startswith("Stopping"))
+        with pytest.raises(ConnectionRefusedError):
+            connect(server.address)
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+    server.join()
+    assert (server.root / "11" / "a").read_bytes() == b"0123456789"
+    assert server.lines[-1] == "Stopped"
+    assert not any("cut off" in line for line in server.lines)
+
+
+def test_a_retrieve_under_way_is_finished_after_stop(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    content = os.urandom(1 << 20) * 16  # more than the buffers of both sockets hold
+    assert ask(server.address, request(11, BACKUP, b"a", content)) == response(210, b"a")
+    with connect(server.address) as sock:
+        sock.sendall(request(11, RETRIEVE, b"a"))
+        settle(server)
+        server.server.stop()
+        server.wait_for_line(lambda line: line.startswith("Stopping"))
+        assert read_all(sock) == response(212, b"a", file_payload(content))
+    server.join()
+
+
+def test_a_connection_that_has_asked_nothing_yet_is_closed_by_stop(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    with connect(server.address) as idle, begin_upload(server) as sock:
+        server.server.stop()
+        assert idle.recv(1) == b""
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+    server.join()
+
+
+def test_a_server_with_nothing_but_idle_connections_stops_at_once(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    with connect(server.address) as idle:
+        settle(server)
+        server.server.stop()
+        assert idle.recv(1) == b""
+        server.join()
+    assert not any(line.startswith("Stopping") for line in server.lines)
+
+
+def test_clients_that_have_gone_do_not_hold_up_stop(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG, linger_seconds=LONG, farewell_seconds=LONG))
+    assert ask(server.address, UPLOAD) == response(210, b"a")
+    assert ask(server.address, UPLOAD + b"more") == response(210, b"a")
+    assert ask(server.address, UPLOAD, end=True) == response(210, b"a")
+    assert ask(server.address, UPLOAD[:-1], end=True) == response(1001, b"a")
+    server.server.stop()
+    server.join()
+
+
+def test_a_client_that_stays_after_its_answer_does_not_hold_up_stop(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG, linger_seconds=LONG, farewell_seconds=0.05))
+    with connect(server.address) as sock:
+        sock.sendall(UPLOAD)
+        assert read_all(sock) == response(210, b"a")
+        server.server.stop()
+        server.join()
+    assert not any("cut off" in line for line in server.lines)
+
+
+def test_a_client_that_stays_after_an_answer_during_the_drain_was_not_cut_off(
+    serve: ServerFactory,
+) -> None:
+    server = serve(Settings(drain_seconds=1.0, linger_seconds=LONG, farewell_seconds=0.05))
+    with begin_upload(server) as sock:
+        server.server.stop()
+        server.wait_for_line(lambda line: line.startswith("Stopping"))
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+        server.join()
+    assert not any("cut off" in line for line in server.lines)
+
+
+def test_a_second_stop_does_not_wait(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG))
+    assert ask(server.address, request(11, BACKUP, b"a", b"older")) == response(210, b"a")
+    with begin_upload(server) as sock:
+        assert len(server.temporary()) == 1
+        server.server.stop()
+        server.wait_for_line(lambda line: line.startswith("Stopping"))
+        server.server.stop()
+        server.join()
+        assert read_all(sock) == b""
+        line = f"user=11 op=100 file=a status=- bytes=5 ms=[0-9.]+ peer={peer(sock)}"
+    assert server.temporary() == []
+    assert (server.root / "11" / "a").read_bytes() == b"older"
+    assert any(re.fullmatch(line, text) for text in server.lines)
+
+
+def test_a_stalled_upload_is_cut_off_when_the_drain_is_over(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=0.05))
+    assert ask(server.address, request(11, BACKUP, b"a", b"older")) == response(210, b"a")
+    with begin_upload(server) as sock:
+        server.server.stop()
+        server.join()
+        assert read_all(sock) == b""
+    assert server.temporary() == []
+    assert (server.root / "11" / "a").read_bytes() == b"older"
+    assert "Stopping; running requests: 1, which have up to 0.05 s" in server.lines
+    assert "requests that were cut off: 1" in server.lines
+    assert server.lines[-1] == "Stopped"
+
+
+# The log
+
+
+def test_without_a_log_lines_go_to_the_module_logging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="backup")
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    server.stop()
+    server.serve_forever()
+    listening = ("backup", logging.INFO, f"Listening on 127.0.0.1:{server.address[1]}")
+    assert caplog.record_tuples[0] == listening
+
+
+def test_each_request_has_one_line_with_its_client(server: RunningServer) -> None:
+    with connect(server.address) as sock:
+        sock.sendall(UPLOAD)
+        assert read_all(sock) == response(210, b"a")
+        server.wait_for_line(lambda text: text.startswith("user="))
+        pattern = rf"user=11 op=100 file=a status=210 bytes=10 ms=[0-9]+\.[0-9] peer={peer(sock)}"
+    assert re.fullmatch(pattern, server.lines[1])
+    assert len(server.lines) == 2
+
+
+def test_a_log_that_fails_hard_ends_the_server_and_leaves_nothing_open(tmp_path: Path) -> None:
+    def sink(lines: Sequence[Line]) -> None:
+        if any(line.text.startswith("user=") for line in lines):
+            raise RuntimeError("a fault of the sink")
+
+    server = Server(tmp_path, ("127.0.0.1", 0), log=Log(sink))
+    with connect(server.address) as stalled, connect(server.address) as sock:
+        stalled.sendall(UPLOAD[:-1])
+        sock.sendall(request(11, LIST))
+        with pytest.raises(RuntimeError, match="a fault of the sink"):
+            server.serve_forever()
+        assert read_all(sock) == EMPTY_LIST
+    assert list((tmp_path / ".tmp").iterdir()) == []
