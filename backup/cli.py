@@ -14,14 +14,14 @@ import os
 import re
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, NoReturn, Optional, Sequence
 
 from . import __version__, config
 from .client import Client
 from .commands import delete, get, list_names, put
 from .console import Console
-from .errors import BackupError, Unreachable
+from .errors import BackupError, OutputFailed, Unreachable
 from .log import Log, to_stream
 from .sequence import steps
 from .server import Server
@@ -240,36 +240,48 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A name that the terminal's encoding lacks is shown escaped rather than not at all.
             stream.reconfigure(errors="backslashreplace")
-    try:
-        options = parser().parse_args(arguments)
-    except SystemExit as done:  # --help, --version, or Parser.error
-        return int(done.code or 0)
-    quiet, as_json = getattr(options, "quiet", False), getattr(options, "json", False)
-    console = Console(sys.stdout, sys.stderr, os.environ, quiet, as_json)
+    console = Console(sys.stdout, sys.stderr, os.environ)
     try:
         with _on_signals(_interrupt):
-            code: int = options.run(options, console)
-        return code
+            return _run(arguments, console)
+    except OutputFailed as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
+            console.error(str(error))
+        _abandon_stdout()
+        return error.exit_code
     except BackupError as error:
         console.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         console.error("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our stdout, head for one, has seen enough
-        _abandon_stdout()
-        return FAILED
     except OSError as error:
-        console.error(f"cannot write the output: {(error.strerror or str(error)).lower()}")
-        _abandon_stdout()
+        console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
         return FAILED
+
+
+def _run(arguments: Optional[Sequence[str]], console: Console) -> int:
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as done:  # --help, --version, or Parser.error
+        console.flush()
+        return int(done.code or 0)
+    console.choose(getattr(options, "quiet", False), getattr(options, "json", False))
+    code: int = options.run(options, console)
+    return code
 
 
 def _abandon_stdout() -> None:
     """Lets Python's own flush at exit succeed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError):  # a stdout that is no file needs none of this
+        os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
 
 
 def run() -> NoReturn:
     """The console script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the process was started without it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.exit(main())

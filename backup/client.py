@@ -76,6 +76,7 @@ class Client(Owner):
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._running: Dict[Connection, Running] = {}
         self._unfinished = 0
+        self._closed = False
 
     def __enter__(self) -> Client:
         return self
@@ -85,6 +86,9 @@ class Client(Owner):
 
     def close(self) -> None:
         """Ends what is running and lets go of every descriptor."""
+        if self._closed:
+            return
+        self._closed = True
         for running in list(self._running.values()):
             running.cancel()
         self._reactor.close()
@@ -145,20 +149,22 @@ class Client(Owner):
         finished: Deque[Outcome] = deque()
         in_flight: List[Running] = []
         room = self._settings.parallel if parallel is None else parallel
+        if room < 1:
+            raise ConfigError(f"parallel is {room}; expected at least 1")
         try:
             while True:
-                while len(in_flight) < room:
+                in_flight = [running for running in in_flight if not running.ended]
+                while len(in_flight) + len(finished) < room:
                     job = next(waiting, None)
                     if job is None:
                         break
                     in_flight.append(self.submit(job, finished.append, progress))
-                if not in_flight:
-                    return
-                while not finished:
-                    self.turn()
-                in_flight = [running for running in in_flight if not running.ended]
-                while finished:
+                if finished:
                     yield finished.popleft()
+                elif in_flight:
+                    self.turn()
+                else:
+                    return
         finally:
             for running in in_flight:
                 running.cancel()
@@ -166,7 +172,12 @@ class Client(Owner):
     def submit(
         self, job: Job, done: Callable[[Outcome], None], progress: Optional[Progress] = None
     ) -> Running:
-        """Begins a job and returns; ``done`` hears its outcome in one of the next turns."""
+        """Begins a job and returns; ``done`` hears its outcome in one of the next turns.
+
+        Raises ``ConnectionFailed`` when this client is closed.
+        """
+        if self._closed:
+            raise ConnectionFailed("this client is closed; make another")
         self._unfinished += 1
         running = Running(job, done, self._reactor.now())
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from contextlib import suppress
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
@@ -29,9 +28,7 @@ ALL_DONE, FAILED, PARTLY_DONE = 0, 1, 3
 def put(options: argparse.Namespace, console: Console) -> int:
     """Backs files up."""
     paths: List[str] = list(options.files)
-    if options.files_from == "-":
-        paths += config.read_file_list("-", sys.stdin.read())
-    elif options.files_from:
+    if options.files_from:
         paths += config.read_file_list(options.files_from)
     if not paths:
         raise ConfigError("put: no files given; name one, or a list of them with --files-from")

@@ -15,6 +15,7 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 from .address import EXPECTED, Address, parse
 from .errors import ConfigError
+from .files import name_new
 from .names import of_path, show
 from .wire import MAX_USER_ID
 
@@ -59,13 +60,12 @@ def read_backup_info(path: str = BACKUP_INFO) -> List[str]:
     return files
 
 
-def read_file_list(path: str, text: Optional[str] = None) -> List[str]:
+def read_file_list(path: str) -> List[str]:
     """The paths in a file of paths, one a line, relative to the current folder.
 
-    ``text`` is its content if that has been read already. Raises ``ConfigError``.
+    ``-`` is standard input. Raises ``ConfigError``.
     """
-    lines = _lines(path, "name a file with one path a line") if text is None else _split(text)
-    return [line for _, line in lines]
+    return [line for _, line in _lines(path, "name a file with one path a line")]
 
 
 def check_distinct(paths: Iterable[str], where: str) -> None:
@@ -141,13 +141,14 @@ def _keep(path: str, value: int) -> str:
     """Writes a new id where none is yet, whole or not at all; where it is kept."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f"{path}.{os.getpid()}"
-    with open(part, "w", encoding="ascii") as file:
-        file.write(f"{value}\n")
     try:
+        with open(part, "w", encoding="ascii") as file:
+            file.write(f"{value}\n")
         with suppress(FileExistsError):  # another process drew first: its id counts
-            os.link(part, path)
+            name_new(part, path)
     finally:
-        os.unlink(part)
+        with suppress(FileNotFoundError):
+            os.unlink(part)
     return path
 
 
@@ -160,16 +161,16 @@ def _named(source: str, text: str) -> Address:
 
 def _lines(path: str, advice: str) -> List[Tuple[int, str]]:
     """The lines that are not blank, with their numbers."""
+    from_stdin = path == "-"
+    where = "stdin" if from_stdin else show(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return _split(file.read())
+        with open(0 if from_stdin else path, "rb", closefd=not from_stdin) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"{show(path)}: it is not UTF-8 text; {advice}") from None
+        raise ConfigError(f"{where}: it is not UTF-8 text; {advice}") from None
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise ConfigError(f"cannot read {show(path)}: {reason}; {advice}") from error
-
-
-def _split(text: str) -> List[Tuple[int, str]]:
-    numbered = enumerate((line.strip() for line in text.splitlines()), 1)
+        raise ConfigError(f"cannot read {where}: {reason}; {advice}") from error
+    # Not splitlines: a name may hold U+2028.
+    numbered = enumerate((line.strip() for line in text.split("\n")), 1)
     return [(number, line) for number, line in numbered if line]

@@ -138,6 +138,7 @@ class Connection:
         self._later = False  # whether the answer is made at the end of this turn
         self._send_error: Optional[ConnectionFailed] = None
         self._interest = 0
+        self._may_receive = self._may_send = 0  # bytes, in what is left of this turn
         self._headed = asks  # whether the deadline moves with every byte
         self._patience = settings.connect_seconds if asks else settings.header_seconds
         self._deadline: Optional[Deadline] = None  # made when there is something to wait for
@@ -155,7 +156,7 @@ class Connection:
         """The server's end: sends the answer that ``take`` put off."""
         self._later = False
         self._load(answer)
-        self._ready(WRITE)
+        self._pump(0)
 
     def hurry(self, seconds: float) -> None:
         """Makes a connection that is LINGERING close after so long at the latest."""
@@ -178,7 +179,12 @@ class Connection:
         self._owner.closed(self, error)
 
     def _ready(self, events: int) -> None:
-        """The reactor's callback: does what the socket is ready for."""
+        """The reactor's callback, once a turn."""
+        self._may_receive = self._may_send = self._settings.turn_bytes
+        self._pump(events)
+
+    def _pump(self, events: int) -> None:
+        """Does what the socket is ready for."""
         try:
             if self.phase is Phase.CONNECTING:
                 settle(self._stream)
@@ -196,20 +202,21 @@ class Connection:
             self._watch()
 
     def _receive_some(self) -> None:
-        budget = self._settings.turn_bytes
-        while budget > 0 and self._hears:
-            count = self._stream.receive(self._scratch)
+        while self._may_receive > 0 and self._hears:
+            count = self._stream.receive(self._scratch[: self._may_receive])
             if count is None:
                 return
             if count:
                 self.begun = True
-                budget -= count
+                self._may_receive -= count
                 parts = self._receiver.feed(self._scratch[:count])
             else:
                 self._hears = False
                 parts = self._receiver.close()
             for part in parts:
                 self._take(part)
+                if self.phase is Phase.CLOSED:  # whoever hears of progress may cancel
+                    return
             self._progress()
             if not self._asks and (self._outgoing is not None or self._later):
                 return  # first the answer
@@ -218,6 +225,8 @@ class Connection:
         if isinstance(part, Cut) and self._send_error is not None:
             raise self._send_error
         answer = self._endpoint.take(part)
+        if self.phase is Phase.CLOSED:
+            return
         if isinstance(answer, Outgoing):
             self._load(answer)
         elif answer is not None:
@@ -232,20 +241,19 @@ class Connection:
 
     def _send_some(self) -> bool:
         """Sends what fits into the budget; True when an answer has left as a whole."""
-        budget = self._settings.turn_bytes
         body = self._outgoing.body if self._outgoing else None
         try:
-            while budget > 0:
-                if self._head:
-                    count = self._stream.send(self._head)
-                    self._head = self._head[count or 0 :]
-                elif body is not None and body.remaining:
-                    count = body.send(self._stream, budget)
-                else:
-                    return self._sent()
-                if count is None:
+            while self._head or (body is not None and body.remaining):
+                if self._may_send <= 0:
                     return False
-                budget -= count
+                if self._head:
+                    count = self._stream.send(self._head[: self._may_send])
+                    self._head = self._head[count or 0 :]
+                elif body is not None:
+                    count = body.send(self._stream, self._may_send)
+                if count is None or self.phase is Phase.CLOSED:
+                    return False
+                self._may_send -= count
                 self._progress()
         except ConnectionFailed as error:
             if not self._asks:
@@ -253,9 +261,7 @@ class Connection:
             # A server that refuses may answer and go while we still send: its answer decides.
             self._send_error = error
             self._unload()
-        return False
-
-    def _sent(self) -> bool:
+            return False
         self._unload()
         self._endpoint.sent()
         if not self._asks:

@@ -9,10 +9,12 @@ object a line and nothing else.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
+from contextlib import suppress
 from typing import Callable, Dict, Mapping, TextIO
 
+from .errors import OutputFailed
 from .exchange import Job, subject
 from .names import show
 from .sequence import format_size
@@ -22,31 +24,30 @@ _REDRAW_SECONDS = 0.1
 
 
 class Console:
-    """Both streams; ``quiet`` leaves out progress and notices, ``as_json`` makes results JSON."""
+    """Both streams; ``choose`` says how much is said, and whether results are JSON.
 
-    def __init__(
-        self,
-        out: TextIO,
-        err: TextIO,
-        environ: Mapping[str, str],
-        quiet: bool = False,
-        as_json: bool = False,
-    ) -> None:
+    Results that cannot be written raise ``OutputFailed``. What is said on stderr
+    is lost when that cannot be written, and nothing else changes.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO, environ: Mapping[str, str]) -> None:
         self._out = out
         self._err = err
-        self.as_json = as_json
-        self._quiet = quiet
-        terminal = err.isatty()
-        self._colour = terminal and not environ.get("NO_COLOR")
+        self._terminal = err.isatty()
+        self._colour = self._terminal and not environ.get("NO_COLOR")
         self._progress_width = 0  # of the progress line that is on the screen
-        self.shows_progress = terminal and not quiet
+        self.choose()
+
+    def choose(self, quiet: bool = False, as_json: bool = False) -> None:
+        """``quiet`` leaves out progress and notices, ``as_json`` makes results JSON."""
+        self._quiet = quiet
+        self._as_json = as_json
+        self.shows_progress = self._terminal and not quiet
 
     def result(self, text: str) -> None:
         """A line for people on stdout; nothing with ``--json``."""
-        if not self.as_json:
-            self._clear()
-            self._out.write(f"{text}\n")
-            self._out.flush()
+        if not self._as_json:
+            self._print(text)
 
     def name(self, name: str) -> None:
         """A listed name on a line of its own: raw for a program, escaped on a terminal."""
@@ -54,42 +55,59 @@ class Console:
 
     def record(self, fields: Dict[str, object]) -> None:
         """An object for programs on stdout; nothing without ``--json``."""
-        if self.as_json:
-            self._clear()
-            self._out.write(json.dumps(fields) + "\n")
-            self._out.flush()
+        if self._as_json:
+            self._print(json.dumps(fields))
 
     def error(self, text: str) -> None:
         """A failure, in one line on stderr."""
-        self._clear()
         word = f"{_RED}backup:{_PLAIN}" if self._colour else "backup:"
-        self._err.write(f"{word} {text}\n")
-        self._err.flush()
+        self.end()
+        self._say(f"{word} {text}\n")
 
     def notice(self, text: str) -> None:
         """Something worth knowing that is no failure, on stderr."""
         if not self._quiet:
-            self._clear()
-            self._err.write(f"backup: {text}\n")
-            self._err.flush()
+            self.end()
+            self._say(f"backup: {text}\n")
 
     def progress(self, text: str) -> None:
         """Draws the progress line over the last one."""
-        columns = shutil.get_terminal_size().columns
-        text = text[: columns - 1]
-        self._err.write(f"\r{text.ljust(self._progress_width)}")
-        self._err.flush()
+        text = text[: self._columns() - 1]
+        # The wider of both stands there until the next one, should an interrupt come in between.
+        before, self._progress_width = self._progress_width, max(len(text), self._progress_width)
+        self._say(f"\r{text.ljust(before)}")
         self._progress_width = len(text)
-
-    def _clear(self) -> None:
-        if self._progress_width:
-            self._err.write("\r" + " " * self._progress_width + "\r")
-            self._err.flush()
-            self._progress_width = 0
 
     def end(self) -> None:
         """Takes the progress line off the screen."""
-        self._clear()
+        if self._progress_width:
+            self._say("\r" + " " * self._progress_width + "\r")
+            self._progress_width = 0
+
+    def flush(self, text: str = "") -> None:
+        """Writes ``text`` and what is still held back to stdout. Raises ``OutputFailed``."""
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputFailed(f"cannot write the output: {reason}") from error
+
+    def _print(self, line: str) -> None:
+        self.end()
+        self.flush(f"{line}\n")
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):
+            self._err.write(text)
+            self._err.flush()
+
+    def _columns(self) -> int:
+        """The width of the terminal that stderr is."""
+        try:
+            return os.get_terminal_size(self._err.fileno()).columns or 80
+        except OSError:
+            return 80
 
 
 class Meter:

@@ -11,6 +11,7 @@ the command line returns.
 
     BackupError
     ├── ConfigError            an info file, option or variable is missing or malformed
+    ├── OutputFailed           what was to be printed cannot be written
     ├── ListenFailed           the server cannot bind its address
     ├── ConnectionFailed       no connection, or it broke before the answer was whole
     │   ├── Unreachable        no connection could be made
@@ -60,6 +61,12 @@ class ConfigError(BackupError):
 
     reason = "config"
     exit_code = 2
+
+
+class OutputFailed(BackupError):
+    """The results cannot be written to stdout."""
+
+    reason = "output"
 
 
 class ListenFailed(BackupError):

@@ -16,7 +16,7 @@ from .connection import Endpoint, Outgoing
 from .errors import BackupError, CutShort, NotDeleted, NotFound, ProtocolError, Refused
 from .files import Path, Report, Source, Target
 from .names import encode, escape, show
-from .protocol import Cut, Data, Excess, Head, Part
+from .protocol import Cut, Data, Excess, Head, Part, State
 from .wire import (
     SIZE,
     VERSION,
@@ -119,6 +119,8 @@ class Exchange(Endpoint):
                 f"{part.length} bytes follow the server's answer; is it our server?"
             )
         elif isinstance(part, Cut):
+            if part.state is not State.HEADER:
+                _check_version(part.message)  # a server of another kind needs no second try
             raise CutShort(f"the server ended inside the answer's {part.state.value}; try again")
 
     def finish(self) -> None:
@@ -132,8 +134,7 @@ class Exchange(Endpoint):
         return "the server refuses it; its log says why"
 
     def _check(self, response: Response) -> None:
-        if response.version != VERSION:
-            raise ProtocolError(f"the answer has version {response.version}, not {VERSION}")
+        _check_version(response)
         if response.name != self._name:
             raise ProtocolError(f"the answer is for {escape(response.name)!r}, another name")
         failure = self.failures.get(response.status)
@@ -153,6 +154,11 @@ class Exchange(Endpoint):
         raise AssertionError(f"{len(view)} bytes where _begin_payload allows none")
 
 
+def _check_version(message: Union[Request, Response]) -> None:
+    if message.version != VERSION:
+        raise ProtocolError(f"the answer has version {message.version}, not {VERSION}")
+
+
 _FAILED: Dict[Type[Refused], str] = {
     NotDeleted: "not on the server, or it could not be removed there",
     NotFound: "not on the server",
@@ -170,15 +176,21 @@ class BackupExchange(Exchange):
         super().__init__(user_id, encode(job.name))
         self._path = job.path
         self._report = report
+        self._source: Optional[Source] = None
 
     def request(self) -> Outgoing:
-        source = Source(self._path, self._report)
+        self._source = source = Source(self._path, self._report)
         self.bytes = source.size
         request = Request(self._user_id, VERSION, self.op, self._name, source.size)
         return Outgoing(encode_request(request), source)
 
     def refusal(self) -> str:
         return super().refusal() if self.bytes else "the server refuses an empty file"
+
+    def _check(self, response: Response) -> None:
+        super()._check(response)
+        if self._source is not None and self._source.remaining:
+            raise ProtocolError("the server says it has stored what was not sent yet")
 
 
 class RetrieveExchange(Exchange):

@@ -10,6 +10,7 @@ the target's by a rename; nothing else is touched.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -124,7 +125,7 @@ class Target:
             if self._overwrite:
                 os.replace(self._part, self._path)
             else:
-                self._name_new()
+                name_new(self._part, self._path)
         except FileExistsError:
             raise self._exists() from None
         except (OSError, ValueError) as error:
@@ -141,17 +142,6 @@ class Target:
                 os.unlink(self._part)
             self._part = ""
 
-    def _name_new(self) -> None:
-        """Gives the name without ever taking it from another file: link(2) refuses to."""
-        try:
-            os.link(self._part, self._path)
-        except FileExistsError:
-            raise
-        except (OSError, AttributeError):  # a file system or a system without links
-            if os.path.lexists(self._path):
-                raise self._exists() from None
-            os.replace(self._part, self._path)
-
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
@@ -166,6 +156,21 @@ class Target:
         return LocalFileError(
             f"cannot write {show(self._path)}: {_why(error)}; choose another place"
         )
+
+
+def name_new(part: str, path: str) -> None:
+    """Gives a file its name without ever taking it from another: link(2) refuses to.
+
+    Raises ``FileExistsError``. ``part`` may be left, for the caller to remove.
+    """
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):  # a file system or a system without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        os.replace(part, path)
 
 
 def _unreadable(path: str, error: Union[OSError, ValueError]) -> LocalFileError:

@@ -82,13 +82,12 @@ class Reactor:
         socket again replaces interest and callback.
         """
         fd = sock.fileno()
-        watch = self._watched.get(fd)
-        if watch is None:
-            self._watched[fd] = watch = _Watch(callback)
-            self._selector.register(sock, interest, watch)
-        else:
-            watch.callback = callback
+        watch = _Watch(callback)
+        if fd in self._watched:
             self._selector.modify(sock, interest, watch)
+        else:
+            self._selector.register(sock, interest, watch)
+        self._watched[fd] = watch
 
     def unwatch(self, sock: socket.socket) -> None:
         """Stops calling; does nothing for a socket that is not watched. Before it is closed."""
@@ -120,8 +119,8 @@ class Reactor:
         for _ in range(len(self._calls)):  # what these ask for is for the next turn
             self._calls.popleft()()
         for key, events in ready:
-            # A callback before this one may have closed the socket, or even opened another of
-            # the same number: only the registration that is there now may hear of the event.
+            # A callback before this one may have closed the socket, opened another of the same
+            # number, or watched it for something else: then the event is no longer meant.
             watch: _Watch = key.data
             if self._watched.get(key.fd) is watch:
                 watch.callback(events)

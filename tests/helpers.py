@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple, Type
+from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 from backup.log import Line, Log
 from backup.server import Server
@@ -100,6 +102,25 @@ def reset(sock: socket.socket) -> None:
     """Closes with RST instead of FIN."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+@contextmanager
+def stdin(data: Optional[bytes]) -> Iterator[None]:
+    """Makes these bytes, no more than a pipe holds, standard input; None closes it."""
+    before = os.dup(0)
+    try:
+        if data is None:
+            os.close(0)
+        else:
+            reader, writer = os.pipe()
+            os.write(writer, data)
+            os.close(writer)
+            os.dup2(reader, 0)
+            os.close(reader)
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 class RunningServer:

@@ -7,9 +7,11 @@ up to hostile clients and to many at once is in ``test_resilience``.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -382,6 +384,88 @@ def test_a_listener_that_rests_stays_closed_when_the_server_is_stopped(
             server.server.stop()
             server.join()  # the pause has passed meanwhile
     assert "Stopped" in server.lines
+
+
+def limit_descriptors(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+
+
+def test_connections_beyond_what_descriptors_can_serve_wait_until_others_are_closed(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_descriptors(monkeypatch, 24)  # room for two connections
+    server = serve()
+    with connect(server.address) as one, connect(server.address) as two:
+        one.sendall(UPLOAD)
+        two.sendall(UPLOAD[:-5])
+        assert read_all(one) == response(210, b"a")
+        with connect(server.address) as waiting:
+            waiting.sendall(request(11, LIST))
+            two.sendall(UPLOAD[-5:])
+            assert read_all(two) == response(210, b"a")
+            waiting.setblocking(False)
+            with pytest.raises(BlockingIOError):  # both have their answers, but stay
+                waiting.recv(1)
+            waiting.settimeout(WAIT_SECONDS)
+            one.close()
+            assert read_all(waiting) == response(212, b"", b"\1\0\0\0\1\0a")
+
+
+def test_a_full_server_that_is_stopped_takes_nobody_new(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_descriptors(monkeypatch, 24)
+    server = serve(Settings(drain_seconds=LONG, farewell_seconds=LONG))
+    with begin_upload(server) as sock, connect(server.address) as stays:
+        with connect(server.address) as waiting:
+            stays.sendall(request(11, LIST))
+            assert read_all(stays) == EMPTY_LIST
+            server.server.stop()
+            with pytest.raises(ConnectionResetError):
+                waiting.recv(1)
+        stays.close()
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+    server.join()
+
+
+@pytest.mark.parametrize("limit", [1, 20, 21, 23])
+def test_a_server_with_hardly_a_descriptor_serves_one_connection_at_a_time(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    limit_descriptors(monkeypatch, limit)
+    server = serve()
+    for _ in range(3):
+        assert ask(server.address, UPLOAD) == response(210, b"a")
+
+
+def test_where_descriptors_have_no_limit_connections_have_none(
+    serve: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_descriptors(monkeypatch, resource.RLIM_INFINITY)
+    server = serve()
+    with ExitStack() as clients:
+        socks = [clients.enter_context(begin_upload(server)) for _ in range(40)]
+        for sock in socks:
+            sock.sendall(UPLOAD[-5:])
+            assert read_all(sock) == response(210, b"a")
+
+
+def test_it_serves_where_the_limit_cannot_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows: the module is loaded anew, and finds no ``resource``."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    path = ROOT / "backup" / "server.py"
+    spec = importlib.util.spec_from_file_location("backup.server_without_resource", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.resource is None
+    server: Server = module.Server(tmp_path, ("127.0.0.1", 0))
+    with serving(server):
+        assert ask(server.address, UPLOAD) == response(210, b"a")
 
 
 LIMITED = """

@@ -176,7 +176,7 @@ def test_a_root_that_cannot_be_written_is_found_out_at_the_start(store: Store, r
     with failing("open", number=errno.EROFS, when=creating), pytest.raises(StoreFailed) as caught:
         Store(root)
     assert str(caught.value) == (
-        f"{root}: cannot keep files: Read-only file system; check this folder and its disk"
+        f"{root}: cannot keep files: read-only file system; check this folder and its disk"
     )
 
 
@@ -424,7 +424,7 @@ def test_an_upload_that_cannot_begin_is_a_store_failure(
     with failing("open", number=number), pytest.raises(StoreFailed) as caught:
         store.begin(USER, b"a")
     assert str(caught.value) == (
-        f"{root / '.tmp'}: cannot begin an upload: {os.strerror(number)}; "
+        f"{root / '.tmp'}: cannot begin an upload: {os.strerror(number).lower()}; "
         "check this folder and its disk"
     )
 
@@ -450,7 +450,7 @@ def test_an_upload_that_cannot_be_written_leaves_the_older_file(
     begun = upload(store, b"a", b"new and")
     with failing("write", number=number), pytest.raises(StoreFailed) as caught:
         begun.write(memoryview(b" longer"))
-    assert f": cannot write an upload: {os.strerror(number)}; " in str(caught.value)
+    assert f": cannot write an upload: {os.strerror(number).lower()}; " in str(caught.value)
     begun.abort()
     assert get(store, b"a") == b"old"
     assert temporary(root) == []
@@ -503,7 +503,7 @@ def test_an_upload_that_fails_changes_nothing_and_hinders_no_other_change(
     assert [good, *others] == [None, None, None]
     assert isinstance(bad, StoreFailed)
     assert str(bad) == (
-        f"{root / str(user_id)}: cannot change: {os.strerror(number)}; "
+        f"{root / str(user_id)}: cannot change: {os.strerror(number).lower()}; "
         "check this folder and its disk"
     )
     assert store.names(USER) == [b"a", b"bad", b"c"]
@@ -590,7 +590,7 @@ def test_a_file_that_cannot_be_read_is_not_called_missing(
     with failing("open", number=number, when=at(b"a")), pytest.raises(StoreFailed) as caught:
         store.open(USER, b"a")
     assert str(caught.value) == (
-        f"{root / '11'}: cannot read: {os.strerror(number)}; check this folder and its disk"
+        f"{root / '11'}: cannot read: {os.strerror(number).lower()}; check this folder and its disk"
     )
 
 

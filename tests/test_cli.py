@@ -1,0 +1,661 @@
+"""The command line around the commands: options, exit codes, signals, and streams that break."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NoReturn, Tuple
+
+import pytest
+
+from backup import __version__, cli
+from backup.cli import main
+from tests.helpers import (
+    ROOT,
+    WAIT_SECONDS,
+    RunningServer,
+    connect,
+    file_payload,
+    read_all,
+    request,
+    response,
+)
+from tests.test_client import (
+    Scripted,
+    afterwards,
+    deaf,
+    sparse,
+    staying,
+    unused_address,
+    watchdog,
+)
+from tests.test_commands import USER, User, errors
+from tests.test_console import Terminal, on_screen
+
+COMMANDS = ["serve", "client", "put", "get", "list", "delete"]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> User:
+    folder = tmp_path / "user"
+    folder.mkdir()
+    return User(folder, monkeypatch, capsys)
+
+
+@pytest.fixture
+def served(server: RunningServer, user: User) -> RunningServer:
+    """A server that the user's commands find by themselves."""
+    user.set_variable("BACKUP_SERVER", f"127.0.0.1:{server.address[1]}")
+    return server
+
+
+def address_of(line: str) -> Tuple[str, int]:
+    """The address in the server's first line."""
+    host, port = re.findall(r"\A\[SERVER\] Listening on (127\.0\.0\.1):(\d+)\n\Z", line)[0]
+    return host, int(port)
+
+
+def as_a_process(*arguments: str) -> List[str]:
+    return [sys.executable, "-m", "backup", *arguments]
+
+
+def environment() -> Dict[str, str]:
+    """This process's, without what changes how Python buffers or encodes."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+# -- what can be typed --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "backup: the following arguments are required: COMMAND; see backup --help"),
+        (["put", "--parallel", "0"], "'0' is not a number from 1 on; see backup put --help"),
+        (["put", "--parallel", "many"], "'many' is not a number from 1 on"),
+        (["put", "--parallel", "-1"], "see backup put --help"),
+        (["get"], "the following arguments are required: NAME; see backup get --help"),
+        (["delete"], "the following arguments are required: NAME; see backup delete --help"),
+        (["get", "a", "-o", "b", "--output-dir", "c"], "not allowed with argument"),
+        (["serve", "-v", "-q"], "not allowed with argument"),
+        (["serve", "--server-info", "a", "--listen", "b"], "not allowed with argument"),
+        (["list", "extra"], "unrecognized arguments: extra; see backup --help"),
+        (["list", "--nonsense"], "unrecognized arguments: --nonsense; see backup --help"),
+        (["upload", "a.txt"], "invalid choice: 'upload'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_2(user: User, arguments: List[str], message: str) -> None:
+    out, err, code = user.types(*arguments)
+    assert (out, code) == ("", 2)
+    assert err.startswith("backup")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_number_of_files_at_once_is_taken(user: User, served: RunningServer) -> None:
+    assert user.types("put", "a.txt", "b.txt", "--parallel", "2").code == 0
+    assert served.stored(USER) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_shows_the_exit_codes(user: User, command: List[str]) -> None:
+    out, err, code = user.types(*command, "--help")
+    assert (err, code) == ("", 0)
+    codes = re.findall(r"^  (\d+) +\w", out.split("exit codes:\n")[1], re.MULTILINE)
+    assert codes == ["0", "1", "2", "3", "10", "130"]
+
+
+def test_help_names_every_command(user: User) -> None:
+    out = user.types("--help").out
+    assert re.findall(r"^    (\w+)", out, re.MULTILINE) == COMMANDS
+
+
+def test_the_version_is_the_package_s(user: User) -> None:
+    assert user.types("--version") == (f"backup {__version__}\n", "", 0)
+
+
+def test_without_arguments_main_takes_the_process_s(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["backup", "--version"])
+    assert main() == 0
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["get"], 2)])
+def test_the_console_script_exits_with_the_code(
+    user: User, monkeypatch: pytest.MonkeyPatch, arguments: List[str], code: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["backup", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.run()
+    assert caught.value.code == code
+
+
+# -- serve --------------------------------------------------------------------
+
+Reaction = Tuple[str, Callable[[str], None]]
+
+
+@contextmanager
+def reacting(monkeypatch: pytest.MonkeyPatch, *reactions: Reaction) -> Iterator[List[str]]:
+    """Puts a pipe in the place of stderr, and does something for each awaited line.
+
+    Yields all lines, which are complete at the end.
+    """
+    reading, writing = os.pipe()
+    lines: List[str] = []
+    waiting = list(reactions)
+
+    def read() -> None:
+        with os.fdopen(reading, encoding="utf-8") as pipe:
+            for line in pipe:
+                lines.append(line)
+                if waiting and waiting[0][0] in line:
+                    waiting.pop(0)[1](line)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        with os.fdopen(writing, "w", encoding="utf-8") as stderr, watchdog():
+            monkeypatch.setattr(sys, "stderr", stderr)
+            yield lines
+    finally:
+        thread.join(WAIT_SECONDS)
+    assert not waiting, f"not logged: {waiting[0][0]}"
+
+
+def sending(number: int) -> Callable[[str], None]:
+    """Sends this process a signal."""
+
+    def send(_line: str) -> None:
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+SERVE = ["serve", "--listen", "127.0.0.1:0", "--root", "store"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_says_where_it_listens_and_ends_at_a_signal(
+    user: User, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    answers: List[bytes] = []
+
+    def react(line: str) -> None:
+        with connect(address_of(line)) as sock:
+            sock.sendall(request(USER, 202))
+            answers.append(read_all(sock))
+        sending(number)(line)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with reacting(monkeypatch, ("", react)) as lines:
+        assert main(SERVE) == 0
+    assert answers == [response(212, b"", b"\0\0\0\0")]
+    assert lines[1].startswith(f"[SERVER] user={USER} op=202 file= status=212 ")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert (user.folder / "store").is_dir()
+
+
+def test_serve_works_where_there_is_no_sigterm(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGTERM")
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGINT))):
+        assert main(SERVE) == 0
+
+
+class Upload:
+    """A BACKUP of which the server has the first half for sure."""
+
+    def __init__(self) -> None:
+        self.answer = b""
+
+    def begin(self, line: str) -> None:
+        address = address_of(line)
+        self._sock = connect(address)
+        self._sock.sendall(request(USER, 100, b"a", b"first", size=len(b"first half")))
+        with connect(address) as sock:  # connections are taken in order
+            sock.sendall(request(USER, 202))
+            read_all(sock)
+
+    def end(self, _line: str = "") -> None:
+        self._sock.sendall(b" half")
+        self.answer = read_all(self._sock)
+        self._sock.close()
+
+    def give_up(self) -> None:
+        with suppress(ConnectionError):
+            self.answer = read_all(self._sock)
+        self._sock.close()
+
+
+def test_serve_lets_running_requests_finish(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = Upload()
+
+    def begin(line: str) -> None:
+        upload.begin(line)
+        sending(signal.SIGTERM)(line)
+
+    with reacting(monkeypatch, ("Listening", begin), ("Stopping", upload.end)):
+        assert main(SERVE) == 0
+    assert upload.answer == response(210, b"a")
+    assert (user.folder / "store" / str(USER) / "a").read_bytes() == b"first half"
+
+
+def test_a_second_signal_does_not_wait(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = Upload()
+
+    def begin(line: str) -> None:
+        upload.begin(line)
+        sending(signal.SIGTERM)(line)
+
+    reactions = (("Listening", begin), ("Stopping", sending(signal.SIGINT)))
+    with reacting(monkeypatch, *reactions):
+        assert main(SERVE) == 130
+    upload.give_up()
+    assert upload.answer == b""
+    assert not (user.folder / "store" / str(USER)).exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--quiet", []),
+        ("--root=store", ["Listening", "user="]),
+        ("--verbose", ["Listening", "closed without a request", "user="]),
+    ],
+)
+def test_serve_logs_as_much_as_it_is_told(
+    user: User, monkeypatch: pytest.MonkeyPatch, option: str, expected: List[str]
+) -> None:
+    sock, (host, port) = unused_address()
+    sock.close()
+
+    def use() -> None:
+        """Waits for the server, breaks one connection, completes another, and ends it."""
+        while True:
+            with suppress(ConnectionRefusedError):
+                broken = connect((host, port))
+                break
+        with broken:
+            broken.sendall(b"half")
+            broken.shutdown(socket.SHUT_WR)
+            read_all(broken)
+        with connect((host, port)) as sock:
+            sock.sendall(request(USER, 202))
+            read_all(sock)
+        sending(signal.SIGTERM)("")
+
+    thread = threading.Thread(target=use)
+    with reacting(monkeypatch) as lines:
+        thread.start()
+        assert main(["serve", "--listen", f"{host}:{port}", "--root", "store", option]) == 0
+        thread.join(WAIT_SECONDS)
+    logged = [line.partition("] ")[2] for line in lines]
+    assert [line for line in expected if not any(text.startswith(line) for text in logged)] == []
+    assert ("closed" in "".join(logged)) == ("closed" in "".join(expected))
+    assert bool(logged) == bool(expected)
+
+
+def test_serve_finds_its_address_and_root_by_itself(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (user.folder / "server.info").write_text("127.0.0.1:0\n", encoding="ascii")
+    monkeypatch.setenv("BACKUP_BASE_DIR", "elsewhere")
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGTERM))):
+        assert main(["serve"]) == 0
+    assert (user.folder / "elsewhere").is_dir()
+
+
+def test_serve_on_a_port_that_is_taken_says_so(user: User) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = user.types("serve", "--listen", address)
+    message = (
+        f"cannot listen on {address}: address already in use;"
+        " stop what listens there or take another port: --listen HOST:PORT"
+    )
+    assert said == ("", errors(message), 1)
+
+
+def test_serve_in_a_store_that_cannot_be_written_says_so(user: User) -> None:
+    out, err, code = user.types("serve", "--listen", "127.0.0.1:0", "--root", "a.txt/store")
+    assert (out, code) == ("", 1)
+    assert err.startswith(f"backup: {user.folder}/a.txt/store: cannot keep files: ")
+    assert err.endswith("; check this folder and its disk\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve"], "cannot read server.info: no such file or directory; make it with one line"),
+        (["serve", "--server-info", "a.txt"], "a.txt, line 1: 'content of a' is not an address;"),
+        (["serve", "--listen", "here"], "--listen: 'here' is not an address; expected HOST:PORT"),
+        (["client"], "cannot read server.info: no such file or directory; make it with one line"),
+        (["client", "--server-info", "."], "cannot read .: is a directory; make it with one line"),
+    ],
+)
+def test_an_address_that_is_missing_or_malformed_is_one_line(
+    user: User, arguments: List[str], message: str
+) -> None:
+    out, err, code = user.types(*arguments)
+    assert (out, code) == ("", 2)
+    assert err.startswith(f"backup: {message}")
+    assert err.count("\n") == 1
+
+
+# -- client -------------------------------------------------------------------
+
+
+@pytest.fixture
+def informed(user: User, served: RunningServer) -> User:
+    """A user with both info files."""
+    host, port = served.address
+    (user.folder / "server.info").write_text(f"{host}:{port}\n", encoding="ascii")
+    (user.folder / "backup.info").write_text("a.txt\nb.txt\n", encoding="ascii")
+    return user
+
+
+def test_client_runs_the_sequence(informed: User) -> None:
+    out, err, code = informed.types("client", "--user-id", "7")
+    assert out.startswith("User ID: 7\n=== LIST (initial) ===\nFiles on server: []\n")
+    assert (err, code) == ("", 0)
+
+
+def test_client_says_when_it_leaves_files_out(informed: User) -> None:
+    (informed.folder / "backup.info").write_text("a.txt\nb.txt\nc.txt\n", encoding="ascii")
+    _, err, code = informed.types("client")
+    assert err == errors("backup.info names 3 files; the first two are used")
+    assert code == 0
+
+
+def test_client_without_a_server_ends_at_once(user: User) -> None:
+    (user.folder / "backup.info").write_text("a.txt\nb.txt\n", encoding="ascii")
+    sock, (host, port) = unused_address()
+    (user.folder / "server.info").write_text(f"{host}:{port}\n", encoding="ascii")
+    with sock:
+        said = user.types("client", "--user-id", "7")
+    assert said.out == "User ID: 7\n=== LIST (initial) ===\n"
+    assert said.err.startswith(f"backup: cannot connect to {host}:{port}: connection refused; ")
+    assert said.code == 1
+
+
+def test_client_that_has_a_step_fail_fails(informed: User) -> None:
+    (informed.folder / "a.txt").unlink()
+    out, err, code = informed.types("client")
+    assert "Backup failed (a.txt): cannot read " in out
+    assert "Backup OK (b.txt)" in out
+    assert (err, code) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("a.txt\n", [], "backup.info: it names 1 files; expected two, one a line"),
+        ("a\nx/a\n", [], "backup.info: a and x/a have one base name; send them apart or rename"),
+        ("a\nb\n", ["--user-id", "me"], "--user-id: 'me' is not a user id; expected 0 to"),
+        ("a\nb\n", ["--backup-info", "no"], "cannot read no: no such file or directory; make it"),
+    ],
+)
+def test_client_sends_nothing_before_all_is_clear(
+    informed: User, served: RunningServer, content: str, arguments: List[str], message: str
+) -> None:
+    (informed.folder / "backup.info").write_text(content, encoding="ascii")
+    out, err, code = informed.types("client", *arguments)
+    assert (out, code) == ("", 2)
+    assert err.startswith(f"backup: {message}")
+    assert err.count("\n") == 1
+    served.stop()
+    assert not [line for line in served.lines if line.startswith("user=")]
+
+
+# -- interrupts ---------------------------------------------------------------
+
+HALF = response(212, b"large", file_payload(bytes(MIB)))[: MIB // 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_get_leaves_no_file(
+    user: User, tmp_path: Path, number: signal.Signals
+) -> None:
+    before = user.content()
+    with Terminal() as terminal, Scripted(staying(HALF)) as server:
+        host, port = server.address
+        process = subprocess.Popen(
+            as_a_process("get", "large", "--server", f"{host}:{port}"),
+            cwd=user.folder,
+            env={**environment(), "NO_COLOR": "1"},
+            stderr=terminal.stream,
+        )
+        terminal.wait_for("file 1 of 1")
+        process.send_signal(number)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
+    assert user.content() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_put_is_one_line(user: User, number: signal.Signals) -> None:
+    sparse(user.folder / "large", 32 * MIB)
+    left = threading.Event()
+    with Terminal() as terminal, Scripted(deaf(b"", left)) as server, afterwards(left):
+        host, port = server.address
+        process = subprocess.Popen(
+            as_a_process("put", "large", "--server", f"{host}:{port}"),
+            cwd=user.folder,
+            env={**environment(), "NO_COLOR": "1"},
+            stderr=terminal.stream,
+        )
+        terminal.wait_for("file 1 of 1")
+        process.send_signal(number)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
+
+
+def test_an_interrupt_restores_what_was_there_before(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = user.content()
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def react(terminal: Terminal) -> None:
+        terminal.wait_for("file 1 of 1")
+        signal.pthread_kill(main_thread, signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with Terminal() as terminal, Scripted(staying(HALF)) as server, watchdog():
+        thread = threading.Thread(target=react, args=(terminal,))
+        thread.start()
+        monkeypatch.setattr(sys, "stderr", terminal.stream)
+        host, port = server.address
+        assert main(["get", "large", "--server", f"{host}:{port}"]) == 130
+        thread.join(WAIT_SECONDS)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert user.content() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_process_ends_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        as_a_process(*SERVE),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    address_of(process.stderr.readline())
+    process.send_signal(number)
+    rest = process.communicate(timeout=WAIT_SECONDS)[1]
+    assert process.returncode == 0
+    assert all(line.startswith("[SERVER] ") for line in rest.splitlines())
+
+
+# -- streams that break -------------------------------------------------------
+
+
+@contextmanager
+def full(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    """Puts a full disk in the place of stdout or stderr."""
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        yield
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"], ["--version"]])
+def test_a_full_disk_under_stdout_is_one_line(
+    user: User, served: RunningServer, arguments: List[str]
+) -> None:
+    assert user.types("put", "a.txt").code == 0
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            as_a_process(*arguments),
+            cwd=user.folder,
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+    assert done.stderr == errors("cannot write the output: no space left on device")
+    assert done.returncode == 1
+
+
+def test_a_full_disk_under_stdout_leaves_no_descriptor(
+    user: User, served: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert user.types("put", "a.txt").code == 0
+    with full(monkeypatch, "stdout"):
+        said = user.types("list")
+    assert said.err == errors("cannot write the output: no space left on device")
+    assert said.code == 1
+
+
+def test_a_full_disk_under_stderr_changes_no_exit_code(
+    user: User, served: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    commands = (["put", "a.txt"], ["get", "none"], ["list", "--user-id", "me"], ["upload"])
+    for command in commands:
+        monkeypatch.setenv("BACKUP_USER_ID", "")
+        with full(monkeypatch, "stderr"):
+            codes.append(main(command))
+    assert codes == [0, 10, 2, 2]
+
+
+def test_a_reader_that_has_seen_enough_ends_a_list_silently(
+    user: User, served: RunningServer
+) -> None:
+    """As ``backup list | head -1`` does, with more names than a pipe holds."""
+    folder = served.root / str(USER)
+    folder.mkdir()
+    for number in range(1000):
+        (folder / f"{number:0200}").touch()
+    process = subprocess.Popen(
+        as_a_process("list"),
+        cwd=user.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == f"{0:0200}\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(WAIT_SECONDS) == 1
+
+
+def test_a_reader_that_is_gone_leaves_no_descriptor(
+    user: User, served: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert user.types("put", "a.txt").code == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        said = user.types("list")
+    assert (said.err, said.code) == ("", 1)
+
+
+def closing(streams: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command that a shell has started without these streams."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {streams}', *as_a_process(*arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_works_without_its_streams(
+    user: User, served: RunningServer, streams: str
+) -> None:
+    done = closing(streams, "put", "a.txt", "--user-id", str(USER))
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert served.stored(USER) == ["a.txt"]
+
+
+def test_paths_from_a_stdin_that_is_closed_are_one_line(user: User, served: RunningServer) -> None:
+    done = closing("<&-", "put", "--files-from", "-")
+    assert done.stderr.startswith("backup: ")
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 2
+
+
+def test_what_the_encoding_lacks_is_shown_escaped(user: User, served: RunningServer) -> None:
+    (user.folder / "ä").write_bytes(b"x")
+    assert user.types("put", "ä").code == 0
+    done = subprocess.run(
+        as_a_process("list"),
+        env={**environment(), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (b"\\xe4\n", b"", 0)
+
+
+def test_a_stdout_that_is_no_file_of_the_system_s_will_do(
+    user: User, served: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["put", "a.txt"]) == 0
+    assert out.getvalue() == "Backup OK (a.txt)\n"
+
+
+def test_what_the_system_refuses_is_not_taken_for_the_output(
+    user: User, served: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def socketpair() -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    out, err, code = user.types("list")
+    assert (out, code) == ("", 1)
+    assert err.startswith("backup: ")
+    assert "too many open files" in err.lower()
+    assert "output" not in err
+    assert err.count("\n") == 1
