@@ -85,9 +85,8 @@ class Deadlines:
             self._stale -= 1
         return max(0.0, self._heap[0][0] - self.now()) if self._heap else None
 
-    def fire(self) -> None:
-        """Calls what is due, in order of time."""
-        now = self.now()
+    def fire(self, now: float) -> None:
+        """Calls what was due at ``now``, in order of time."""
         while self._heap and self._heap[0][0] <= now:
             when, _, deadline = heapq.heappop(self._heap)
             if when != deadline.entered:

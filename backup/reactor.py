@@ -116,6 +116,9 @@ class Reactor:
     def turn(self) -> None:
         """Waits until something is ready or due, and does it."""
         ready = self._selector.select(self._patience())
+        # What falls due while this turn works has to wait for the next: its bytes may have come
+        # meanwhile, and a slow disk is no peer's fault.
+        began = self.now()
         for _ in range(len(self._calls)):  # what these ask for is for the next turn
             self._calls.popleft()()
         for key, events in ready:
@@ -124,7 +127,7 @@ class Reactor:
             watch: _Watch = key.data
             if self._watched.get(key.fd) is watch:
                 watch.callback(events)
-        self._deadlines.fire()
+        self._deadlines.fire(began)
         while self._at_turn_end:
             work, self._at_turn_end = self._at_turn_end, []
             for put_off in work:

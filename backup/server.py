@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_SPARE = 20  # descriptors for the loop, the listener, the log, a folder, and what was open before
+_SPARE = 16  # descriptors that the loop, the log, a folder and whoever embeds the server may need
 
 # What accept(2) says when the system, not the connection, lacks something.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -71,8 +71,8 @@ class Server(Owner):
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: List[Connection] = []
-        self._room = _room_for_connections()
-        self._full = False
+        self._room = _room_for_connections(self._listener.fileno())
+        self._full = self._was_full = False
         self._serving = False
         self._stopping = False
         self._closed = False
@@ -144,8 +144,7 @@ class Server(Owner):
     def _accept(self, _: int) -> None:
         for _ in range(self._settings.accepts_per_turn):
             if len(self._sessions) >= self._room:
-                self._reactor.unwatch(self._listener)  # until one of them is closed
-                self._full = True
+                self._wait_for_room()
                 return
             try:
                 sock, address = self._listener.accept()
@@ -157,6 +156,14 @@ class Server(Owner):
                 self._rest(error)
                 return
             self._serve(sock, format_address(address))
+
+    def _wait_for_room(self) -> None:
+        """Accepts nobody until a connection is closed."""
+        if not self._was_full:
+            text = f"{self._room} connections are all that the descriptor limit allows; others wait"
+            self._log.add(logging.WARNING, text)
+        self._full = self._was_full = True
+        self._reactor.unwatch(self._listener)
 
     def _rest(self, error: OSError) -> None:
         seconds = self._settings.accept_pause_seconds
@@ -199,6 +206,7 @@ class Server(Owner):
         self._reactor.unwatch(self._listener)
         self._listener.close()
         for connection in list(self._sessions):
+            connection.start()  # a request that is there already is still served
             if not connection.begun:
                 connection.close()
             connection.hurry(self._settings.farewell_seconds)
@@ -220,12 +228,17 @@ class Server(Owner):
         self._serving = False
 
 
-def _room_for_connections() -> int:
-    """How many connections the descriptor limit allows: each may need a second one for its file."""
+def _room_for_connections(in_use: int) -> int:
+    """How many connections the descriptor limit allows: each may need a second one for its file.
+
+    ``in_use`` is about how many are open, as the number of the newest tells.
+    """
     if resource is None:
         return sys.maxsize
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, (limit - _SPARE) // 2)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, (limit - in_use - _SPARE) // 2)
 
 
 def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:

@@ -27,7 +27,7 @@ from .errors import (
     UnknownOperation,
 )
 from .log import Log
-from .names import escape
+from .names import MAX_NAME_BYTES, escape
 from .protocol import Cut, Data, End, Excess, Head, Part, State
 from .storage import Change, Store, Stored, Upload
 from .stream import Stream
@@ -134,7 +134,7 @@ class Session(Endpoint):
         operation = _OPERATIONS.get(request.op)
         if operation is None:
             raise UnknownOperation(
-                f"op {request.op} is not one of {', '.join(map(str, _OPERATIONS))}"
+                f"op {request.op} is not one of {', '.join(str(int(op)) for op in _OPERATIONS)}"
             )
         return operation(self, request)
 
@@ -205,9 +205,15 @@ class Session(Endpoint):
         reason = f" reason={self._error.reason}" if self._error else ""
         self._log.add(
             logging.INFO,
-            f"user={request.user_id} op={request.op} file={escape(request.name)} "
+            f"user={request.user_id} op={request.op} file={_shown(request.name)} "
             f"status={status} bytes={done} ms={milliseconds:.1f} peer={self._peer}{reason}",
         )
+
+
+def _shown(name: bytes) -> str:
+    """A name in the log; one that is longer than any lawful name is cut."""
+    rest = "…" if len(name) > MAX_NAME_BYTES else ""
+    return escape(name[:MAX_NAME_BYTES]) + rest
 
 
 _OPERATIONS: Dict[int, Callable[[Session, Request], Optional[Outgoing]]] = {

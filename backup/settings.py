@@ -46,7 +46,8 @@ class Settings:
     """How long the client waits for a connection to one address."""
 
     farewell_seconds: float = 1.0
-    """How long the client waits, after a whole answer, for the server to close."""
+    """How long the client waits, after a whole answer, for the server to close; and a server that
+    was told to stop, after its answer, for the client."""
 
     parallel: int = 8
     """Requests the client has in flight at once, unless it is told otherwise."""

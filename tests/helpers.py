@@ -133,7 +133,7 @@ class RunningServer:
         self.server = Server(root, ("127.0.0.1", 0), settings, Log(self._take, level))
         self.address = self.server.address
         self.failure: Optional[BaseException] = None
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> RunningServer:

@@ -854,6 +854,18 @@ def test_a_job_that_is_cancelled_ends_with_an_error(slow: Client, folder: Folder
     assert folder.content() == before
 
 
+def test_a_job_that_is_cancelled_tries_no_further_address(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sock, refusing = unused_address()
+    resolving(monkeypatch, (socket.AF_INET, refusing), (socket.AF_INET, server.address))
+    outcomes: List[Outcome] = []
+    with sock, Client(("several.example", 1), USER) as client:
+        client.submit(Listing(), outcomes.append).cancel()
+        assert not client.busy
+    assert [str(outcome.error) for outcome in outcomes] == ["cancelled"]
+
+
 @pytest.mark.parametrize("size", [1, 2 * MIB])
 def test_a_job_may_be_cancelled_from_its_progress(
     client: Client, folder: Folder, size: int

@@ -46,7 +46,6 @@ class User:
     ) -> None:
         self.folder = folder
         self.set_variable = monkeypatch.setenv
-        self._monkeypatch = monkeypatch
         self._capsys = capsys
         (folder / "a.txt").write_bytes(b"content of a")
         (folder / "b.txt").write_bytes(b"content of b too")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Optional
 
 import pytest
 
@@ -134,10 +134,32 @@ def test_a_list_of_files_is_read_from_here(here: Path) -> None:
     (here / "sub").mkdir()
     (here / "sub" / "list").write_bytes(b"a\r\n\n sub/b \n")
     assert config.read_file_list("sub/list") == ["a", "sub/b"]
-    with stdin(b"a\n\nsub/b"):
+
+
+def test_a_list_of_files_may_come_from_stdin(here: Path) -> None:
+    with stdin(b"\xef\xbb\xbfa\r\n\n sub/b \n"):
         assert config.read_file_list("-") == ["a", "sub/b"]
+        assert os.read(0, 1) == b""  # it is read to its end, and left open
     with stdin(b""):
         assert config.read_file_list("-") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\n\xff\n", "stdin: it is not UTF-8 text; name a file with one path a line"),
+        (
+            None,
+            "cannot read stdin: bad file descriptor; name a file with one path a line",
+        ),
+    ],
+)
+def test_a_stdin_that_cannot_be_read_is_named(
+    here: Path, content: Optional[bytes], message: str
+) -> None:
+    with stdin(content), pytest.raises(ConfigError) as caught:
+        config.read_file_list("-")
+    assert str(caught.value) == message
 
 
 def test_only_a_line_feed_ends_a_line(here: Path) -> None:

@@ -68,6 +68,7 @@ class Notes(Endpoint):
         self.kinds: List[str] = []
         self.payload = b""
         self.messages_sent = 0
+        self.act: Callable[[], None] = lambda: None  # with each part
         self._replies = replies
 
     def take(self, part: Part) -> Union[Outgoing, Later, None]:
@@ -76,6 +77,7 @@ class Notes(Endpoint):
             self.kinds.append(kind)
         if isinstance(part, Data):
             self.payload += part.view
+        self.act()
         reply = self._replies.pop(kind, None)
         if isinstance(reply, BackupError):
             raise reply
@@ -94,6 +96,7 @@ class Spool(Body):
         self._error = error
         self.remaining = len(content)
         self.closed = 0
+        self.act: Callable[[], None] = lambda: None  # with each piece
 
     def send(self, stream: Stream, limit: int) -> Optional[int]:
         begin = len(self._content) - self.remaining
@@ -104,6 +107,7 @@ class Spool(Body):
                 raise self._error
         count = stream.send(piece)
         self.remaining -= count or 0
+        self.act()
         return count
 
     def close(self) -> None:
@@ -938,6 +942,29 @@ def test_closing_says_why_once(house: House) -> None:
     connection.close(ConnectionFailed("another"))
     assert house.error() is error
     assert theirs.recv(1) == b""
+
+
+def test_an_endpoint_may_close_the_connection_whose_part_it_takes(house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes(End=stored())
+    connection = house.answering(ours, endpoint)
+    endpoint.act = connection.close
+    theirs.sendall(REQUEST)
+    connection.start()
+    assert connection.trail == (EXCHANGING, CLOSED)
+    assert endpoint.kinds == ["Head"]
+    assert theirs.recv(1) == b""
+
+
+def test_a_body_may_close_the_connection_that_sends_it(house: House) -> None:
+    ours, theirs = house.pair()
+    body = Spool(b"xyz")
+    connection = house.ask(ours, Notes(), backup(body))
+    body.act = connection.close
+    house.turn()
+    assert connection.trail == (CONNECTING, EXCHANGING, CLOSED)
+    assert body.closed == 1
+    assert read_all(theirs) == REQUEST
 
 
 def test_a_closed_connection_is_not_held_until_its_deadline(house: House) -> None:

@@ -10,11 +10,13 @@ import pty
 import select
 import struct
 import termios
-from typing import Callable, Dict, Iterator, List, Optional
+from contextlib import contextmanager, suppress
+from typing import Callable, Dict, Iterator, List, Optional, TextIO
 
 import pytest
 
 from backup.console import Console, Meter
+from backup.errors import OutputFailed
 from backup.exchange import Backup, Retrieve
 from tests.helpers import WAIT_SECONDS
 
@@ -175,6 +177,40 @@ def test_a_listed_name_is_raw_for_a_program_and_escaped_on_a_terminal(terminal: 
     assert terminal.shown() == "a b\\u202etxt\n"
 
 
+@contextmanager
+def full_disk() -> Iterator[TextIO]:
+    """A stream on a disk without room."""
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as stream:
+        yield stream
+
+
+def test_a_result_that_cannot_be_written_is_an_error() -> None:
+    with full_disk() as stream:
+        people, programs = Console(stream, io.StringIO(), {}), Console(stream, io.StringIO(), {})
+        programs.choose(as_json=True)
+        says: List[Callable[[], None]] = [
+            lambda: people.result("a result"),
+            lambda: people.name("a.txt"),
+            lambda: programs.record({}),
+            lambda: people.flush(),
+        ]
+        for say in says:
+            with pytest.raises(OutputFailed, match=r"^cannot write the output: no space left"):
+                say()
+
+
+def test_what_stderr_does_not_take_is_lost_and_nothing_else_changes() -> None:
+    out = io.StringIO()
+    with full_disk() as stream:
+        console = Console(out, stream, {})
+        console.notice("worth knowing")
+        console.error("it failed")
+        console.progress("half way")
+        console.result("a result")
+        console.end()
+    assert out.getvalue() == "a result\n"
+
+
 # -- the progress line --------------------------------------------------------
 
 
@@ -207,6 +243,15 @@ def test_a_record_takes_the_progress_line_away_too(terminal: Terminal) -> None:
     console.progress("half way through a file")
     console.record({})
     assert on_screen(terminal.shown()) == ["{}", ""]
+
+
+def test_a_terminal_that_does_not_say_its_width_has_80_columns() -> None:
+    with Terminal(0) as terminal:
+        Console(io.StringIO(), terminal.stream, {}).progress("x" * 200)
+        assert terminal.shown() == "\r" + "x" * 79
+    err = io.StringIO()
+    Console(io.StringIO(), err, {}).progress("x" * 200)
+    assert err.getvalue() == "\r" + "x" * 79
 
 
 @pytest.mark.parametrize("columns", [20, 132])

@@ -37,7 +37,7 @@ class Alarms:
         """What is called when so much more time has passed."""
         self.clock.time += seconds
         self.called.clear()
-        self.queue.fire()
+        self.queue.fire(self.clock.time)
         return list(self.called)
 
 

@@ -6,6 +6,7 @@ is ended by an alarm.
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import signal
@@ -621,6 +622,19 @@ def test_a_paused_socket_does_not_wake_the_loop_though_the_peer_has_hung_up(
 # Its end.
 
 
+@pytest.mark.usefixtures("selector")
+def test_one_that_cannot_be_made_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted() -> Pair:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", exhausted)
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        Reactor()
+    assert open_descriptors() == before  # though the error still refers to all there was
+    assert caught.value.errno == errno.EMFILE
+
+
 def test_closing_lets_go_of_its_descriptors_and_of_no_others(
     pair: PairFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,3 +659,32 @@ def test_after_closing_calls_and_unwatching_and_closing_again_do_nothing(
     reactor.call(nothing)
     reactor.unwatch(ours)
     reactor.close()
+
+
+def test_what_arrives_while_a_turn_works_is_heard_before_a_deadline_is_missed(
+    pair: PairFactory,
+) -> None:
+    clock = Clock()
+    ours, theirs = pair()
+    happened: List[str] = []
+
+    with Reactor(clock) as reactor:
+        deadline = reactor.deadline(5, lambda: happened.append("missed"))
+
+        def hear(_events: int) -> None:
+            happened.append("heard")
+            reactor.unwatch(ours)
+            deadline.move(5)
+
+        def stall() -> None:
+            clock.time += 60  # a slow disk, say; meanwhile
+            theirs.send(b"x")
+
+        reactor.watch(ours, READ, hear)
+        reactor.call(stall)
+        reactor.turn()
+        reactor.turn()
+        assert happened == ["heard"]
+        clock.time += 5
+        reactor.turn()
+        assert happened == ["heard", "missed"]

@@ -787,3 +787,11 @@ def test_another_version_is_warned_about_and_served(bench: Bench, version: int) 
     assert bench.lines[0] == Line(logging.WARNING, text)
     assert bench.texts[1:] == [f"user=11 op=100 file=a status=210 bytes=3 ms=0.0 peer={PEER}"]
     assert bench.content(b"a") == b"xyz"
+
+
+def test_a_name_longer_than_any_lawful_one_is_cut_in_the_log(bench: Bench) -> None:
+    session = bench.session()
+    receive(session, request(11, 200, b"n" * 65535))
+    session.sent()
+    (line,) = bench.lines
+    assert f" file={'n' * 255}… status=1003 " in line.text
