@@ -39,7 +39,7 @@ zipapp: ## make dist/backup.pyz, the whole program in one file
 	@$(PYTHON) -m zipapp build/zipapp -m backup.cli:run -p '/usr/bin/env python3' -o dist/backup.pyz
 	@echo dist/backup.pyz
 
-clean: ## remove what the other targets made, but not the store
+clean: ## remove what was built; not the store, nor what was retrieved
 	@rm -rf $(VENV) .tox .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 

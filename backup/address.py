@@ -11,7 +11,7 @@ import socket
 from typing import List, Tuple
 
 from .errors import ConfigError, Unreachable
-from .names import show
+from .names import escape, show
 
 Address = Tuple[str, int]
 MAX_PORT = 65535
@@ -26,8 +26,8 @@ def parse(text: str) -> Address:
         host = host[1:-1]
     elif ":" in host:
         colon = ""
-    lawful = host and colon and show(host) == host and _PORT.fullmatch(port)
-    if not lawful or int(port) > MAX_PORT:
+    named = host and colon and escape(host.encode("utf-8", "replace")) == host
+    if not named or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
         raise ConfigError(f"'{show(text)}' is not an address; {EXPECTED}")
     return host, int(port)
 

@@ -15,18 +15,22 @@ import re
 import signal
 import sys
 from contextlib import contextmanager, suppress
-from typing import Callable, Iterator, NoReturn, Optional, Sequence
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, TextIO
 
 from . import __version__, config
 from .client import Client
 from .commands import delete, get, list_names, put
 from .console import Console
 from .errors import BackupError, OutputFailed, Unreachable
-from .log import Log, to_stream
+from .log import Line, Log, to_stream
+from .names import show
 from .sequence import steps
-from .server import Server
+from .server import Server, raise_descriptor_limit
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+# The signals that end a program, as far as this system has them.
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]
 
 EXIT_CODES = """exit codes:
   0    all done
@@ -39,10 +43,13 @@ EXIT_CODES = """exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
+    """argparse, with its complaint in one line, and without shortened options."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**{**named, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(USAGE, f"{self.prog}: {show(message)}; see {self.prog} --help\n")
 
 
 def parser() -> Parser:
@@ -162,7 +169,7 @@ def _user_options(sub: Parser) -> None:
 
 def _positive(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 999999999")
     return int(text)
 
 
@@ -172,15 +179,21 @@ def serve(options: argparse.Namespace, _: Console) -> int:
     level = logging.DEBUG if options.verbose else logging.INFO
     log = Log(to_stream(sys.stderr), logging.WARNING if options.quiet else level)
     signals = 0
+    raise_descriptor_limit()
     with Server(config.store_root(options.root, os.environ), address, log=log) as server:
 
         def stop(*_: object) -> None:
             nonlocal signals
             signals += 1
             server.stop()
+            if signals > 1:
+                _exit_at_the_latest(in_seconds=1)
 
+        if options.quiet:  # with port 0, this line alone tells which one it took
+            to_stream(sys.stderr)([Line(logging.INFO, server.greeting)])
         with _on_signals(stop), _waking(server.wake_fd):
             server.serve_forever()
+    _exit_at_the_latest(in_seconds=0)
     return 0 if signals < 2 else INTERRUPTED
 
 
@@ -188,6 +201,7 @@ def client(options: argparse.Namespace, console: Console) -> int:
     """Runs the sequence."""
     address = config.read_server_info(options.server_info)
     files = config.read_backup_info(options.backup_info)
+    config.check_folder(options.output_dir)
     if options.user_id is None:
         user_id = config.draw_user_id()
     else:
@@ -207,12 +221,19 @@ def client(options: argparse.Namespace, console: Console) -> int:
     return 0 if good else FAILED
 
 
+def _exit_at_the_latest(in_seconds: int) -> None:
+    """Ends this process then, even if a disk or a pipe that nobody reads holds it up; 0: never."""
+    if hasattr(signal, "alarm"):
+        exit_now = (lambda *_: os._exit(INTERRUPTED)) if in_seconds else signal.SIG_DFL
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, exit_now)
+        signal.alarm(in_seconds)
+
+
 @contextmanager
 def _on_signals(handler: Callable[..., None]) -> Iterator[None]:
     """SIGINT, and SIGTERM where the system has it, call ``handler`` meanwhile."""
-    names = ("SIGINT", "SIGTERM")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = [(number, signal.signal(number, handler)) for number in numbers]
+    before = [(number, signal.signal(number, handler)) for number in _ENDING]
     try:
         yield
     finally:
@@ -231,6 +252,8 @@ def _waking(fd: int) -> Iterator[None]:
 
 
 def _interrupt(*_: object) -> None:
+    for number in _ENDING:  # an impatient second one must not cut the tidying up short
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -247,7 +270,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except OutputFailed as error:
         if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
             console.error(str(error))
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return error.exit_code
     except BackupError as error:
         console.error(str(error))
@@ -271,11 +294,11 @@ def _run(arguments: Optional[Sequence[str]], console: Console) -> int:
     return code
 
 
-def _abandon_stdout() -> None:
-    """Lets Python's own flush at exit succeed."""
+def _abandon(stream: TextIO) -> None:
+    """Lets Python's own flush of a stream at exit succeed; failing, it changes the exit code."""
     devnull = os.open(os.devnull, os.O_WRONLY)
-    with suppress(OSError):  # a stdout that is no file needs none of this
-        os.dup2(devnull, sys.stdout.fileno())
+    with suppress(OSError):  # one that is no file needs none of this
+        os.dup2(devnull, stream.fileno())
     os.close(devnull)
 
 
@@ -284,4 +307,9 @@ def run() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the process was started without it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _abandon(sys.stderr)
+    sys.exit(code)

@@ -236,11 +236,11 @@ class Client(Owner):
         request = exchange.request()
         try:
             stream = self._connect(running)
-        except Unreachable:
+        except ConnectionFailed:
             if request.body is not None:
                 request.body.close()
             raise
-        running.connection = Connection(
+        connection = Connection(
             self._reactor,
             stream,
             exchange,
@@ -250,8 +250,9 @@ class Client(Owner):
             settings=self._settings,
             owner=self,
         )
-        self._running[running.connection] = running
-        running.connection.connect(request)
+        self._running[connection] = running
+        running.connection = connection
+        connection.connect(request)
 
     def _connect(self, running: Running) -> Stream:
         while True:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -49,6 +50,7 @@ def get(options: argparse.Namespace, console: Console) -> int:
     """Retrieves files."""
     names: List[str] = options.names
     _check_once(names, "get")
+    config.check_folder(options.output_dir)
     if options.output is None:
         paths = [os.path.join(options.output_dir, name) for name in names]
     elif len(names) > 1:
@@ -140,8 +142,11 @@ def _explained(client: Client, outcomes: Iterable[Outcome]) -> Iterator[Outcome]
     for outcome in outcomes:
         if isinstance(outcome.error, NotDeleted):
             unclear.append(outcome)
-        else:
-            yield outcome
+            continue
+        if isinstance(outcome.error, Unreachable):  # nor will there be an answer to LIST
+            yield from unclear
+            unclear = []
+        yield outcome
     there: Optional[List[str]] = None
     if unclear:
         with suppress(BackupError):  # then it stays unclear
@@ -170,10 +175,15 @@ def _report(
 
 
 def _fields(command: str, job: Job) -> Dict[str, object]:
-    fields: Dict[str, object] = {"op": command, "name": job.name}
+    fields: Dict[str, object] = {"op": command, "name": _text(job.name)}
     if isinstance(job, (Backup, Retrieve)):
-        fields["path"] = os.fspath(job.path)
+        fields["path"] = _text(os.fspath(job.path))
     return fields
+
+
+def _text(name: str) -> str:
+    """A name for JSON, which has no place for bytes that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _failure(error: BackupError) -> Dict[str, object]:
@@ -181,8 +191,8 @@ def _failure(error: BackupError) -> Dict[str, object]:
 
 
 def _check_once(names: Sequence[str], command: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ConfigError(f"{command}: {show(name)} is named twice; name it once")
 
 

@@ -65,7 +65,7 @@ def read_file_list(path: str) -> List[str]:
 
     ``-`` is standard input. Raises ``ConfigError``.
     """
-    return [line for _, line in _lines(path, "name a file with one path a line")]
+    return [line for _, line in _lines(path, "name a file with one path a line", "surrogateescape")]
 
 
 def check_distinct(paths: Iterable[str], where: str) -> None:
@@ -77,6 +77,12 @@ def check_distinct(paths: Iterable[str], where: str) -> None:
             both = f"{show(seen[name])} and {show(path)}"
             raise ConfigError(f"{where}: {both} have one base name; send them apart or rename one")
         seen[name] = path
+
+
+def check_folder(path: str) -> None:
+    """Raises ``ConfigError`` when what is retrieved cannot go there; empty stands for here."""
+    if path and not os.path.isdir(path):
+        raise ConfigError(f"--output-dir: {show(path)} is not a folder; make it first")
 
 
 def server_address(option: Optional[str], environ: Mapping[str, str]) -> Address:
@@ -125,7 +131,9 @@ def user_id(option: Optional[str], environ: Mapping[str, str]) -> UserId:
         return UserId(parse_user_id(option, "--user-id"))
     if environ.get("BACKUP_USER_ID"):
         return UserId(parse_user_id(environ["BACKUP_USER_ID"], "BACKUP_USER_ID"))
-    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    base = environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):  # the specification: such a path is invalid and to be ignored
+        base = os.path.join(os.path.expanduser("~"), ".config")
     path = os.path.join(base, "backup", "user-id")
     try:
         drawn = None if os.path.exists(path) else _keep(path, draw_user_id())
@@ -143,6 +151,7 @@ def _keep(path: str, value: int) -> str:
     part = f"{path}.{os.getpid()}"
     try:
         with open(part, "w", encoding="ascii") as file:
+            os.chmod(part, 0o600)  # it is all that tells users apart
             file.write(f"{value}\n")
         with suppress(FileExistsError):  # another process drew first: its id counts
             name_new(part, path)
@@ -159,18 +168,18 @@ def _named(source: str, text: str) -> Address:
         raise ConfigError(f"{source}: {error.text}") from None
 
 
-def _lines(path: str, advice: str) -> List[Tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
+def _lines(path: str, advice: str, errors: str = "strict") -> List[Tuple[int, str]]:
+    """The lines that are not blank, with their numbers; ``errors`` as ``bytes.decode`` has it."""
     from_stdin = path == "-"
     where = "stdin" if from_stdin else show(path)
     try:
         with open(0 if from_stdin else path, "rb", closefd=not from_stdin) as file:
-            text = file.read().decode("utf-8-sig")
+            text = file.read().decode("utf-8-sig", errors)
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: it is not UTF-8 text; {advice}") from None
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"cannot read {where}: {reason}; {advice}") from error
     # Not splitlines: a name may hold U+2028.
-    numbered = enumerate((line.strip() for line in text.split("\n")), 1)
-    return [(number, line) for number, line in numbered if line]
+    numbered = enumerate((line.rstrip("\r") for line in text.split("\n")), 1)
+    return [(number, line) for number, line in numbered if line.strip()]

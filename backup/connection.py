@@ -160,7 +160,7 @@ class Connection:
 
     def hurry(self, seconds: float) -> None:
         """Makes a connection that is LINGERING close after so long at the latest."""
-        if self.phase is Phase.LINGERING:
+        if self.phase is Phase.LINGERING and self._patience > seconds:
             self._expect(seconds)
 
     def close(self, error: Optional[BackupError] = None) -> None:
@@ -298,8 +298,10 @@ class Connection:
         peer, seconds = self._stream.peer, f"{self._patience:g} s"
         if self.phase is Phase.CONNECTING:
             self.close(Unreachable(f"cannot connect to {peer}: no answer in {seconds}; try again"))
-        else:
+        elif self._headed:
             self.close(DeadlineMissed(f"{peer} was silent for {seconds}; try again"))
+        else:
+            self.close(DeadlineMissed(f"{peer} sent no whole header in {seconds}"))
 
     def _watch(self) -> None:
         """Asks the reactor for what this connection waits for."""

@@ -34,7 +34,8 @@ class Console:
         self._out = out
         self._err = err
         self._terminal = err.isatty()
-        self._colour = self._terminal and not environ.get("NO_COLOR")
+        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self._colour = self._terminal and not plain
         self._progress_width = 0  # of the progress line that is on the screen
         self.choose()
 

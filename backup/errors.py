@@ -94,7 +94,7 @@ class CutShort(ConnectionFailed):
 
 
 class DeadlineMissed(ConnectionFailed):
-    """The peer neither sent nor took a byte until its deadline."""
+    """The peer was silent, or slow with its header, until its deadline."""
 
     reason = "deadline"
 

@@ -119,8 +119,9 @@ class Exchange(Endpoint):
                 f"{part.length} bytes follow the server's answer; is it our server?"
             )
         elif isinstance(part, Cut):
-            if part.state is not State.HEADER:
-                _check_version(part.message)  # a server of another kind needs no second try
+            if part.state is State.HEADER:
+                raise CutShort("it closed without a whole answer; is it a backup server?")
+            _check_version(part.message)  # a server of another kind needs no second try
             raise CutShort(f"the server ended inside the answer's {part.state.value}; try again")
 
     def finish(self) -> None:
@@ -131,7 +132,7 @@ class Exchange(Endpoint):
 
     def refusal(self) -> str:
         """Why a server that gives no reason may have refused."""
-        return "the server refuses it; its log says why"
+        return "the server could not do it; its log says why"
 
     def _check(self, response: Response) -> None:
         _check_version(response)

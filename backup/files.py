@@ -1,7 +1,7 @@
 """The client's files: one that is sent, one that is received.
 
 Rules: what is sent is one state of the file or nothing. The last bytes leave
-only after size and modification time were seen unchanged, so a file that
+only after size and times were seen unchanged, so a file that
 grows, shrinks or is rewritten meanwhile never becomes a whole upload; the bytes
 are copied, not sent by sendfile(2), which would send what the pages hold later.
 What is received is written beside its target under a name of its own and takes
@@ -77,8 +77,7 @@ class Source(Body):
         except OSError as error:
             raise _unreadable(self._path, error) from error
         now = os.fstat(self._fd)
-        same = (now.st_size, now.st_mtime_ns) == (self.size, self._before.st_mtime_ns)
-        if not same or not data:
+        if not data or _changed(self._before, now):
             raise FileChanged(
                 f"{show(self._path)} changed while it was read; nothing is stored; retry"
             )
@@ -90,7 +89,7 @@ class Target:
 
     def __init__(self, path: Path, overwrite: bool) -> None:
         """Raises ``TargetExists`` when it is there and may not be overwritten, ``LocalFileError``
-        when it is a folder."""
+        when it is a folder, a device or a pipe. A symbolic link is replaced, not followed."""
         self._path = os.fspath(path)
         self._overwrite = overwrite
         self._part = ""
@@ -99,13 +98,15 @@ class Target:
             raise LocalFileError(f"{show(self._path)} is a folder; name a file in it")
         if not overwrite and os.path.lexists(self._path):
             raise self._exists()
+        self._older_mode()
 
     def begin(self) -> None:
         """Makes the file that is written until the answer is whole. Raises ``LocalFileError``."""
         folder = os.path.dirname(self._path)
         part = os.path.join(folder, f".backup-{os.urandom(8).hex()}.part")
         try:
-            self._fd = os.open(part, _CREATE, 0o666)
+            # Who could not read the older file must not read this one while it grows.
+            self._fd = os.open(part, _CREATE, 0o666 if self._older_mode() is None else 0o600)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
         self._part = part
@@ -121,6 +122,9 @@ class Target:
     def finish(self) -> None:
         """Gives the file its name. Raises ``TargetExists`` or ``LocalFileError``."""
         try:
+            mode = self._older_mode()
+            if mode is not None and self._overwrite:
+                os.chmod(self._part, mode)
             self._close()
             if self._overwrite:
                 os.replace(self._part, self._path)
@@ -142,6 +146,18 @@ class Target:
                 os.unlink(self._part)
             self._part = ""
 
+    def _older_mode(self) -> Optional[int]:
+        """The permissions of the file that is there, if one is. Raises ``LocalFileError``."""
+        try:
+            mode = os.lstat(self._path).st_mode
+        except (OSError, ValueError):
+            return None  # nothing is there, or what is wrong with the path shows when it is used
+        if stat.S_ISREG(mode):
+            return mode & 0o777  # nothing a server sends becomes a setuid program
+        if stat.S_ISLNK(mode):
+            return None
+        raise LocalFileError(f"{show(self._path)} is not a regular file; choose another place")
+
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
@@ -149,13 +165,21 @@ class Target:
 
     def _exists(self) -> TargetExists:
         return TargetExists(
-            f"{show(self._path)} is there already; overwrite=True or --force replaces it"
+            f"{show(self._path)} is there already; overwriting is to be asked for (--force)"
         )
 
     def _unwritable(self, error: Union[OSError, ValueError]) -> LocalFileError:
         return LocalFileError(
             f"cannot write {show(self._path)}: {_why(error)}; choose another place"
         )
+
+
+def _changed(before: os.stat_result, now: os.stat_result) -> bool:
+    if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        return True
+    # The time of the last status change gives away who set the other one back. It also moves
+    # when another file takes the name, which changes nothing in this one.
+    return before.st_nlink == now.st_nlink and before.st_ctime_ns != now.st_ctime_ns
 
 
 def name_new(part: str, path: str) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -30,7 +31,13 @@ from .deadline import Deadline, Deadlines
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
-_LONGEST_WAIT = 3600.0  # seconds; the system's own limit is somewhere above
+# Seconds. A signal that comes in the moment before the waiting begins does not end it, and Python
+# runs its handler only then: what that asks for by ``call`` is late by this much at the most.
+_LONGEST_WAIT = 1.0
+
+# select(2) takes descriptors below 1024, of which a connection may need two; on Windows, Python's
+# takes 512 sockets.
+_SELECT_ROOM = 480
 
 Callback = Callable[[], None]
 ReadyCallback = Callable[[int], None]
@@ -69,6 +76,11 @@ class Reactor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def room(self) -> int:
+        """About how many sockets it can watch: where there is only select(2), a few hundred."""
+        return _SELECT_ROOM if isinstance(self._selector, selectors.SelectSelector) else sys.maxsize
 
     @property
     def wake_fd(self) -> int:
@@ -114,7 +126,7 @@ class Reactor:
             return  # full: it wakes anyway; closed: there is no turn to wake it for
 
     def turn(self) -> None:
-        """Waits until something is ready or due, and does it."""
+        """Waits, for a second at most, until something is ready or due, and does it."""
         ready = self._selector.select(self._patience())
         # What falls due while this turn works has to wait for the next: its bytes may have come
         # meanwhile, and a slow disk is no peer's fault.

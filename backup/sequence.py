@@ -9,7 +9,7 @@ step that fails does not keep the next from being tried.
 from __future__ import annotations
 
 import os
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from .client import Client
 from .errors import BackupError, NotFound
@@ -45,6 +45,7 @@ def steps(client: Client, files: Sequence[str], output_dir: str) -> List[Step]:
     What is retrieved is saved in ``output_dir`` as ``retrieved_<name>``.
     """
     first, second = (of_path(path) for path in files[:2])
+    sent: Dict[str, int] = {}  # bytes, by name
 
     def list_names(expected: Sequence[str]) -> Result:
         try:
@@ -55,7 +56,7 @@ def steps(client: Client, files: Sequence[str], output_dir: str) -> List[Step]:
 
     def backup(path: str, name: str) -> Result:
         try:
-            client.backup(path)
+            sent[name] = client.backup(path)
         except BackupError as error:
             return Result(f"Backup failed ({show(name)}): {error.text}", False, error)
         return Result(f"Backup OK ({show(name)})", True)
@@ -68,7 +69,8 @@ def steps(client: Client, files: Sequence[str], output_dir: str) -> List[Step]:
             return Result(f"{show(first)} not found on server", gone)
         except BackupError as error:
             return Result(f"Retrieve failed ({show(first)}): {error.text}", False, error)
-        return Result(f"Retrieved: {show(first)} ({format_size(size)})", not gone)
+        as_sent = not gone and size == sent.get(first)
+        return Result(f"Retrieved: {show(first)} ({format_size(size)})", as_sent)
 
     def delete() -> Result:
         try:

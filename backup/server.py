@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from typing import Dict, List, Optional, Tuple, Union
 
 from .address import format_address, resolve
@@ -71,7 +72,8 @@ class Server(Owner):
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: List[Connection] = []
-        self._room = _room_for_connections(self._listener.fileno())
+        room = _room_for_connections(self._listener.fileno())
+        self._room = min(room, self._reactor.room)
         self._full = self._was_full = False
         self._serving = False
         self._stopping = False
@@ -84,19 +86,26 @@ class Server(Owner):
         self.close()
 
     @property
+    def greeting(self) -> str:
+        """The log's first line."""
+        return f"Listening on {format_address(self.address)}"
+
+    @property
     def wake_fd(self) -> int:
         """For ``signal.set_wakeup_fd``, where a signal alone would not end the waiting."""
         return self._reactor.wake_fd
 
     def serve_forever(self) -> None:
         """Serves until ``stop``, then closes everything."""
-        self._log.add(logging.INFO, f"Listening on {format_address(self.address)}")
+        self._log.add(logging.INFO, self.greeting)
         self._serving = True
         try:
             self._listen_again()
             while self._serving:
                 self._log.flush()
                 self._reactor.turn()
+                if self._stopping:
+                    self._hurry()
             self._close_connections()
             self._log.add(logging.INFO, "Stopped")
         finally:
@@ -160,7 +169,7 @@ class Server(Owner):
     def _wait_for_room(self) -> None:
         """Accepts nobody until a connection is closed."""
         if not self._was_full:
-            text = f"{self._room} connections are all that the descriptor limit allows; others wait"
+            text = f"{self._room} connections are all that the system allows; others wait"
             self._log.add(logging.WARNING, text)
         self._full = self._was_full = True
         self._reactor.unwatch(self._listener)
@@ -209,13 +218,18 @@ class Server(Owner):
             connection.start()  # a request that is there already is still served
             if not connection.begun:
                 connection.close()
-            connection.hurry(self._settings.farewell_seconds)
+        self._hurry()
         seconds = self._settings.drain_seconds
         running = self._running()
         if running:
             text = f"Stopping; running requests: {running}, which have up to {seconds:g} s"
             self._log.add(logging.INFO, text)
         self._reactor.deadline(seconds, self._cut_off)
+
+    def _hurry(self) -> None:
+        """Lets those who have their answers go soon."""
+        for connection in self._sessions:
+            connection.hurry(self._settings.farewell_seconds)
 
     def _running(self) -> int:
         """How many requests are not answered yet."""
@@ -239,6 +253,14 @@ def _room_for_connections(in_use: int) -> int:
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(1, (limit - in_use - _SPARE) // 2)
+
+
+def raise_descriptor_limit() -> None:
+    """Raises this process's soft limit of descriptors to the hard one, where there are limits."""
+    if resource is not None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with suppress(OSError, ValueError):  # macOS calls its hard limit infinite, and refuses it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:

@@ -86,17 +86,22 @@ class Stream:
         self.socket.close()
 
     def _broken(self, error: OSError) -> ConnectionFailed:
-        return ConnectionFailed(f"{self.peer}: the connection broke: {error.strerror or error}")
+        reason = error.strerror or str(error)
+        return ConnectionFailed(f"{self.peer}: the connection broke: {reason}; try again")
 
 
 def connect(family: int, address: Tuple[object, ...], peer: str) -> Stream:
     """A stream that is being connected; writable when that is settled, see ``settle``.
 
-    Raises ``Unreachable``.
+    Raises ``Unreachable``, or ``ConnectionFailed`` when this process is out of
+    descriptors.
     """
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            reason = (error.strerror or str(error)).lower()
+            raise ConnectionFailed(f"{reason}; do less at once: --parallel N") from error
         raise refused(peer, error) from error
     stream = Stream(sock, peer)
     try:

@@ -128,8 +128,3 @@ def decode_listing(payload: bytes) -> List[str]:
     if offset != len(payload):
         raise ProtocolError(f"{len(payload) - offset} bytes follow the last name of a listing")
     return names
-
-
-def op_name(op: int) -> str:
-    """An op as a word for messages; one that is not known as its number."""
-    return Op(op).name if op in set(Op) else str(op)

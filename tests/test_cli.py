@@ -84,9 +84,13 @@ def environment() -> Dict[str, str]:
     ("arguments", "message"),
     [
         ([], "backup: the following arguments are required: COMMAND; see backup --help"),
-        (["put", "--parallel", "0"], "'0' is not a number from 1 on; see backup put --help"),
-        (["put", "--parallel", "many"], "'many' is not a number from 1 on"),
+        (
+            ["put", "--parallel", "0"],
+            "'0' is not a number from 1 to 999999999; see backup put --help",
+        ),
+        (["put", "--parallel", "many"], "'many' is not a number from 1 to 999999999"),
         (["put", "--parallel", "-1"], "see backup put --help"),
+        (["client", "--server", "h:1"], "unrecognized arguments: --server h:1; see backup"),
         (["get"], "the following arguments are required: NAME; see backup get --help"),
         (["delete"], "the following arguments are required: NAME; see backup delete --help"),
         (["get", "a", "-o", "b", "--output-dir", "c"], "not allowed with argument"),
@@ -95,6 +99,7 @@ def environment() -> Dict[str, str]:
         (["list", "extra"], "unrecognized arguments: extra; see backup --help"),
         (["list", "--nonsense"], "unrecognized arguments: --nonsense; see backup --help"),
         (["upload", "a.txt"], "invalid choice: 'upload'"),
+        (["list", "--x\ny\x1b[31m"], "unrecognized arguments: --x\\x0ay\\x1b[31m; see backup"),
     ],
 )
 def test_a_wrong_word_is_one_line_and_2(user: User, arguments: List[str], message: str) -> None:
@@ -273,7 +278,7 @@ def test_a_second_signal_does_not_wait(user: User, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--quiet", []),
+        ("--quiet", ["Listening"]),
         ("--root=store", ["Listening", "user="]),
         ("--verbose", ["Listening", "closed without a request", "user="]),
     ],
@@ -466,27 +471,52 @@ def test_an_interrupted_put_is_one_line(user: User, number: signal.Signals) -> N
         assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
 
 
-def test_an_interrupt_restores_what_was_there_before(
-    user: User, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = user.content()
+@contextmanager
+def interrupted_get(user: User, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """A ``get`` in this process, which a signal interrupts in the middle."""
     main_thread = threading.main_thread().ident
     assert main_thread is not None
 
-    def react(terminal: Terminal) -> None:
+    def interrupt(terminal: Terminal) -> None:
         terminal.wait_for("file 1 of 1")
         signal.pthread_kill(main_thread, signal.SIGTERM)
 
-    handler = signal.getsignal(signal.SIGTERM)
     with Terminal() as terminal, Scripted(staying(HALF)) as server, watchdog():
-        thread = threading.Thread(target=react, args=(terminal,))
+        thread = threading.Thread(target=interrupt, args=(terminal,))
         thread.start()
         monkeypatch.setattr(sys, "stderr", terminal.stream)
         host, port = server.address
-        assert main(["get", "large", "--server", f"{host}:{port}"]) == 130
+        yield lambda: main(["get", "large", "--server", f"{host}:{port}"])
         thread.join(WAIT_SECONDS)
-    assert signal.getsignal(signal.SIGTERM) == handler
-    assert user.content() == before
+
+
+def test_an_interrupt_restores_what_was_there_before(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = user.content()
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with interrupted_get(user, monkeypatch) as get:
+        assert get() == 130
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert user.content() == files
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_impatient_user_leaves_no_file_either(
+    user: User, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A second signal comes just when the first has what was received removed."""
+    files = user.content()
+    unlink = os.unlink
+
+    def slow_unlink(path: str) -> None:
+        signal.raise_signal(number)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", slow_unlink)
+    with interrupted_get(user, monkeypatch) as get:
+        assert get() == 130
+    assert user.content() == files
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -557,6 +587,24 @@ def test_a_full_disk_under_stderr_changes_no_exit_code(
         with full(monkeypatch, "stderr"):
             codes.append(main(command))
     assert codes == [0, 10, 2, 2]
+
+
+@pytest.mark.parametrize(("command", "code"), [(["get", "none"], 10), (["list"], 0)])
+def test_a_process_whose_stderr_is_full_exits_as_ever(
+    user: User, served: RunningServer, command: List[str], code: int
+) -> None:
+    user.set_variable("BACKUP_USER_ID", "")  # so that there is something to say
+    with open("/dev/full", "w", encoding="utf-8") as full_disk:
+        done = subprocess.run(
+            as_a_process(*command),
+            cwd=user.folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=full_disk,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+    assert done.returncode == code
 
 
 def test_a_reader_that_has_seen_enough_ends_a_list_silently(

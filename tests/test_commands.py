@@ -12,8 +12,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Type
 import pytest
 
 from backup.cli import main
-from backup.commands import exit_code
-from backup.errors import BackupError, LocalFileError, NotFound, Refused
+from backup.client import Client
+from backup.commands import _explained, exit_code
+from backup.errors import BackupError, LocalFileError, NotDeleted, NotFound, Refused, Unreachable
+from backup.exchange import Delete, Outcome
 from tests.helpers import RunningServer, response, stdin
 from tests.test_client import Scripted, answering, resetting, sparse, unused_address
 from tests.test_console import Terminal, on_screen
@@ -117,14 +119,17 @@ def test_put_reads_paths_from_stdin(user: User, served: RunningServer, data: byt
     assert served.stored(USER) == ["a.txt", "b.txt"]
 
 
-@pytest.mark.parametrize("data", [b"a.txt\n\xff\n", None])
-def test_put_without_a_stdin_that_can_be_read_says_so(
-    user: User, served: RunningServer, data: Optional[bytes]
-) -> None:
-    out, err, code = user.pipes(data, "put", "--files-from", "-")
+def test_a_path_on_stdin_that_is_not_utf_8_fails_alone(user: User, served: RunningServer) -> None:
+    out, err, code = user.pipes(b"a.txt\n\xff\n", "put", "--files-from", "-")
+    assert (out, code) == ("Backup OK (a.txt)\n", 3)
+    assert err == errors("\\xff: not a name for a file: it is not UTF-8; use another")
+    assert served.stored(USER) == ["a.txt"]
+
+
+def test_put_without_a_stdin_says_so(user: User, served: RunningServer) -> None:
+    out, err, code = user.pipes(None, "put", "--files-from", "-")
     assert (out, code) == ("", 2)
-    assert err.startswith("backup: ")
-    assert "stdin" in err
+    assert err.startswith("backup: cannot read stdin: ")
     assert err.count("\n") == 1
     assert served.stored(USER) == []
 
@@ -208,7 +213,7 @@ def test_put_into_a_store_that_is_broken_points_to_its_log(
     user: User, served: RunningServer
 ) -> None:
     shutil.rmtree(served.root / ".tmp")
-    message = "a.txt: the server refuses it; its log says why"
+    message = "a.txt: the server could not do it; its log says why"
     assert user.types("put", "a.txt") == ("", errors(message), 1)
 
 
@@ -294,20 +299,16 @@ def test_get_of_what_is_not_there_says_so(
     assert list(user.content()) == [name for name in names if name == "a.txt"]
 
 
-@pytest.mark.parametrize(
-    ("folder", "reason"), [("none", "no such file or directory"), ("file", "not a directory")]
-)
-def test_get_into_a_place_that_is_no_folder_fails_for_each_file(
-    user: User, filled: RunningServer, folder: str, reason: str
+@pytest.mark.parametrize("folder", ["none", "file"])
+def test_get_into_a_place_that_is_no_folder_sends_nothing(
+    user: User, filled: RunningServer, folder: str
 ) -> None:
     (user.folder / "file").touch()
+    before = filled.lines
     said = user.types("get", "a.txt", "b.txt", "--output-dir", folder)
-    assert sorted(said.err.splitlines(True)) == [
-        errors(f"cannot write {folder}/{name}: {reason}; choose another place")
-        for name in ("a.txt", "b.txt")
-    ]
-    assert (said.out, said.code) == ("", 1)
+    assert said == ("", errors(f"--output-dir: {folder} is not a folder; make it first"), 2)
     assert user.content() == {"file": b""}
+    assert filled.lines == before
 
 
 def test_get_onto_a_folder_says_so(user: User, filled: RunningServer) -> None:
@@ -609,3 +610,10 @@ def test_progress_is_shown_on_a_terminal_and_taken_away(
         assert main(["get", "large", "-o", "again", "--force", "-q"]) == 0
         assert terminal.shown() == ""
     assert (user.folder / "again").stat().st_size == 8 * MIB
+
+
+def test_what_1002_means_stays_open_when_the_server_is_gone(tmp_path: Path) -> None:
+    unclear = Outcome(Delete("a"), NotDeleted("either"), 0, [], 0.0)
+    gone = Outcome(Delete("b"), Unreachable("gone"), 0, [], 0.0)
+    with Client(("127.0.0.1", 1), USER) as client:
+        assert list(_explained(client, [unclear, gone])) == [unclear, gone]

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List
 
 import pytest
 
@@ -133,32 +133,21 @@ def test_a_mistake_in_backup_info_is_placed(here: Path, content: bytes, message:
 def test_a_list_of_files_is_read_from_here(here: Path) -> None:
     (here / "sub").mkdir()
     (here / "sub" / "list").write_bytes(b"a\r\n\n sub/b \n")
-    assert config.read_file_list("sub/list") == ["a", "sub/b"]
+    assert config.read_file_list("sub/list") == ["a", " sub/b "]
 
 
 def test_a_list_of_files_may_come_from_stdin(here: Path) -> None:
     with stdin(b"\xef\xbb\xbfa\r\n\n sub/b \n"):
-        assert config.read_file_list("-") == ["a", "sub/b"]
+        assert config.read_file_list("-") == ["a", " sub/b "]
         assert os.read(0, 1) == b""  # it is read to its end, and left open
     with stdin(b""):
         assert config.read_file_list("-") == []
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a\n\xff\n", "stdin: it is not UTF-8 text; name a file with one path a line"),
-        (
-            None,
-            "cannot read stdin: bad file descriptor; name a file with one path a line",
-        ),
-    ],
-)
-def test_a_stdin_that_cannot_be_read_is_named(
-    here: Path, content: Optional[bytes], message: str
-) -> None:
-    with stdin(content), pytest.raises(ConfigError) as caught:
+def test_a_stdin_that_cannot_be_read_is_named(here: Path) -> None:
+    with stdin(None), pytest.raises(ConfigError) as caught:
         config.read_file_list("-")
+    message = "cannot read stdin: bad file descriptor; name a file with one path a line"
     assert str(caught.value) == message
 
 
@@ -281,6 +270,8 @@ def test_a_user_id_is_kept_in_the_home_folder_by_default(
     where = str(here / ".config" / "backup" / "user-id")
     assert config.user_id(None, {}).kept_in == where
     assert config.user_id(None, {"XDG_CONFIG_HOME": ""}).kept_in is None
+    # The specification has a relative path ignored: it would be another id in every folder.
+    assert config.user_id(None, {"XDG_CONFIG_HOME": "relative"}).kept_in is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"me\n", b"1 2\n", b"4294967296\n", b"\xff\xfe"])

@@ -30,7 +30,7 @@ from backup.errors import (
     Refused,
     Unreachable,
 )
-from backup.protocol import Data, Part, RequestReceiver, ResponseReceiver
+from backup.protocol import Data, End, Part, RequestReceiver, ResponseReceiver
 from backup.reactor import READ, WRITE, Reactor, ReadyCallback
 from backup.settings import Settings
 from backup.stream import Stream, connect
@@ -537,6 +537,7 @@ def test_before_the_header_is_there_no_byte_moves_the_deadline(house: House) -> 
     assert connection.phase is CLOSED
     assert isinstance(house.error(), DeadlineMissed)
     assert "10 s" in str(house.error())
+    assert "silent" not in str(house.error())  # it was not: it was slow
     assert read_all(theirs) == b""
 
 
@@ -1133,3 +1134,17 @@ def test_a_body_that_fails_is_closed_and_its_error_is_the_connections(house: Hou
     assert house.error() is error
     assert body.closed == 1
     assert read_all(theirs) == REQUEST[:-1]
+
+
+def test_what_bodies_endpoints_and_owners_must_do_is_theirs_to_write(house: House) -> None:
+    ours, _ = house.pair()
+    connection = house.answering(ours, Notes())
+    duties: List[Callable[[], object]] = [
+        lambda: Body().send(stream_of(connection), 1),
+        lambda: Endpoint().take(End()),
+        lambda: Owner().answer_later(connection),
+        lambda: Owner().closed(connection, None),
+    ]
+    for duty in duties:
+        with pytest.raises(NotImplementedError):
+            duty()

@@ -205,7 +205,15 @@ def grow_and_date_back(path: Path) -> None:
     os.utime(path, ns=(0, 0))
 
 
-@pytest.mark.parametrize("change", [grow, shrink, empty, rewrite, grow_and_date_back])
+def rewrite_and_date_back(path: Path) -> None:
+    rewrite(path)
+    os.utime(path, ns=(0, 0))
+
+
+CHANGES = [grow, shrink, empty, rewrite, grow_and_date_back, rewrite_and_date_back]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("after", [0, 1000, 2000], ids="after {} bytes".format)
 def test_the_last_bytes_of_a_file_that_changed_are_never_sent(
     after: int, change: Callable[[Path], None], tmp_path: Path, line: Line, source: Sources
@@ -236,18 +244,6 @@ def test_a_change_after_the_last_bytes_were_read_does_not_reach_them(
     assert line.received() == content
 
 
-def test_another_file_that_takes_the_name_does_not_matter(
-    tmp_path: Path, line: Line, source: Sources
-) -> None:
-    path = old_file(tmp_path / "file", b"old content")
-    sent = source(path)
-    sent.send(line.stream, 4)
-    (tmp_path / "new").write_bytes(b"new")
-    (tmp_path / "new").replace(path)
-    send_all(sent, line)
-    assert line.received() == b"old content"
-
-
 # Source: what cannot be read.
 
 
@@ -261,9 +257,8 @@ def unreadable(path: object) -> LocalFileError:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert str(unreadable(tmp_path / "missing")) == (
-        f"cannot read {tmp_path}/missing: no such file or directory; check the path"
-    )
+    error = str(unreadable(tmp_path / "missing"))
+    assert error.startswith(f"cannot read {tmp_path}/missing: no such file or directory; check")
 
 
 def test_a_path_below_a_file_is_named(tmp_path: Path) -> None:
@@ -273,7 +268,7 @@ def test_a_path_below_a_file_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", raising(errno.EACCES))
-    assert str(unreadable("file")) == "cannot read file: permission denied; check the path"
+    assert str(unreadable("file")).startswith("cannot read file: permission denied; check")
 
 
 @pytest.mark.parametrize("path", ["nu\0l", "lone \ud800 surrogate"])
@@ -471,9 +466,8 @@ def test_a_file_that_is_there_is_seen_before_anything_is_sent(folder: Path) -> N
     (folder / "file").write_bytes(b"old")
     with pytest.raises(TargetExists) as caught:
         Target(folder / "file", False)
-    assert str(caught.value) == (
-        f"{folder}/file is there already; overwrite=True or --force replaces it"
-    )
+    assert str(caught.value).startswith(f"{folder}/file is there already; ")
+    assert "--force" in str(caught.value)
 
 
 def test_a_symbolic_link_to_nothing_is_there_too(folder: Path) -> None:
@@ -488,6 +482,46 @@ def test_a_folder_is_no_target(overwrite: bool, folder: Path) -> None:
         Target(folder, overwrite)
     assert str(caught.value) == f"{folder} is a folder; name a file in it"
     assert not isinstance(caught.value, TargetExists)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_or_a_device_is_no_target(overwrite: bool, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(LocalFileError):
+        Target(folder / "pipe", overwrite)
+    with pytest.raises(LocalFileError):
+        Target(os.devnull, overwrite)
+
+
+def test_a_pipe_that_appears_meanwhile_is_not_overwritten(folder: Path) -> None:
+    target = Target(folder / "file", True)
+    target.begin()
+    os.mkfifo(folder / "file")
+    with pytest.raises(LocalFileError, match="; choose another place"):
+        target.finish()
+    assert names(folder) == ["file"]
+    assert stat.S_ISFIFO((folder / "file").stat().st_mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o755])
+def test_overwriting_opens_the_content_to_nobody_new_at_any_time(mode: int, folder: Path) -> None:
+    (folder / "file").touch()
+    (folder / "file").chmod(mode)
+    target = Target(folder / "file", True)
+    target.begin()
+    (part,) = set(names(folder)) - {"file"}
+    meanwhile = stat.S_IMODE((folder / part).stat().st_mode)
+    target.write(memoryview(b"content"))
+    target.finish()
+    assert meanwhile & ~mode == 0
+    assert stat.S_IMODE((folder / "file").stat().st_mode) == mode
+
+
+def test_overwriting_makes_no_program_that_runs_as_its_owner(folder: Path) -> None:
+    (folder / "file").touch()
+    (folder / "file").chmod(0o6755)
+    save(folder / "file", b"content", overwrite=True)
+    assert stat.S_IMODE((folder / "file").stat().st_mode) == 0o755
 
 
 @pytest.mark.usefixtures("linking")
@@ -530,7 +564,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(folder: Path) -> Non
     target = Target(folder / "file", True)
     target.begin()
     (folder / "file").mkdir()
-    with pytest.raises(LocalFileError, match="is a directory; choose another place"):
+    with pytest.raises(LocalFileError, match="; choose another place"):
         target.finish()
     assert names(folder) == ["file"]
 

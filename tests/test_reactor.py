@@ -619,6 +619,14 @@ def test_a_paused_socket_does_not_wake_the_loop_though_the_peer_has_hung_up(
     assert turns_until_a_child_ends(reactor, pair) == 1
 
 
+def test_it_has_room_for_a_few_hundred_sockets_where_there_is_only_select(
+    reactor: Reactor,
+) -> None:
+    only_select = selectors.DefaultSelector.__name__ == "SelectSelector"
+    assert (reactor.room <= 512) == only_select
+    assert reactor.room > 100
+
+
 # Its end.
 
 

@@ -173,15 +173,24 @@ def test_a_file_that_cannot_be_sent_does_not_end_the_sequence(
 
 
 @pytest.mark.parametrize("folder", ["none", FIRST])
-def test_a_place_that_cannot_be_written_does_not_end_the_sequence(
+def test_without_a_place_for_what_is_retrieved_nothing_is_begun(
     server: RunningServer, work: Work, folder: str
 ) -> None:
     said = work.run(*server.address, "--output-dir", folder)
-    assert said.after("RETRIEVE file 1").startswith(
-        f"Retrieve failed ({FIRST}): cannot write {folder}/retrieved_{FIRST}: "
+    assert said.err == f"backup: --output-dir: {folder} is not a folder; make it first\n"
+    assert (said.out, said.code) == ("", 2)
+    assert server.lines[1:] == []
+
+
+def test_a_place_that_cannot_be_written_does_not_end_the_sequence(
+    server: RunningServer, work: Work
+) -> None:
+    (work.folder / f"retrieved_{FIRST}").mkdir()
+    said = work.run(*server.address)
+    assert said.after("RETRIEVE file 1") == (
+        f"Retrieve failed ({FIRST}): retrieved_{FIRST} is a folder; name a file in it"
     )
     assert said.after("DELETE file 1") == f"Delete OK ({FIRST})"
-    assert said.after("RETRIEVE file 1 again") == f"{FIRST} not found on server"
     assert (said.err, said.code) == ("", 1)
 
 
@@ -194,7 +203,7 @@ GOOD = [
     response(210, FIRST.encode()),
     response(210, SECOND.encode()),
     response(212, b"", LISTED),
-    response(212, FIRST.encode(), file_payload(b"content")),
+    response(212, FIRST.encode(), file_payload(bytes(238_917))),
     response(211, FIRST.encode()),
     response(1003, FIRST.encode()),
 ]
@@ -203,26 +212,27 @@ GOOD = [
 @pytest.mark.parametrize(
     ("step", "answer", "line"),
     [
-        (0, response(1001), "List failed: the server refuses it; its log says why"),
+        (0, response(1001), "List failed: the server could not do it; its log says why"),
         (
             1,
             response(1001, FIRST.encode()),
-            f"Backup failed ({FIRST}): the server refuses it; its log says why",
+            f"Backup failed ({FIRST}): the server could not do it; its log says why",
         ),
         (3, EMPTY, "Files on server: []"),
         (
             4,
             response(1001, FIRST.encode()),
-            f"Retrieve failed ({FIRST}): the server refuses it; its log says why",
+            f"Retrieve failed ({FIRST}): the server could not do it; its log says why",
         ),
         (4, response(1003, FIRST.encode()), f"{FIRST} not found on server"),
+        (4, response(212, FIRST.encode(), file_payload(b"other")), f"Retrieved: {FIRST} (5 bytes)"),
         (
             5,
             response(1002, FIRST.encode()),
             f"Delete failed ({FIRST}): not on the server, or it could not be removed there",
         ),
-        (6, GOOD[4], f"Retrieved: {FIRST} (7 bytes)"),
-        (6, b"", f"Retrieve failed ({FIRST}): the server ended inside the answer's header;"),
+        (6, GOOD[4], f"Retrieved: {FIRST} (238 KB)"),
+        (6, b"", f"Retrieve failed ({FIRST}): it closed without a whole answer;"),
     ],
 )
 def test_one_step_that_ends_otherwise_makes_the_whole_fail(

@@ -771,4 +771,14 @@ def test_a_full_server_says_once_why_others_wait(
             other.sendall(UPLOAD)
             assert read_all(other) == response(210, b"a")
     told = [line for line in server.lines if "others wait" in line]
-    assert told == ["1 connections are all that the descriptor limit allows; others wait"]
+    assert told == ["1 connections are all that the system allows; others wait"]
+
+
+def test_a_client_that_stays_holds_up_no_drain_once_it_has_its_answer(serve: ServerFactory) -> None:
+    server = serve(Settings(drain_seconds=LONG, linger_seconds=LONG, farewell_seconds=0.05))
+    with begin_upload(server) as sock:
+        server.server.stop()
+        server.wait_for_line(lambda line: line.startswith("Stopping"))
+        sock.sendall(UPLOAD[-5:])
+        assert read_all(sock) == response(210, b"a")
+        server.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import socket
 import threading
@@ -375,6 +376,20 @@ def test_a_connection_that_is_made_at_once_is_taken_as_it_is(
         with stream.socket:
             settle(stream)
             assert stream.send(b"hello") == 5
+
+
+def test_a_process_that_is_out_of_descriptors_does_not_blame_the_network(
+    listener: socket.socket,
+) -> None:
+    address = listener.getsockname()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(ConnectionFailed, match="too many open files") as caught:
+            connect(socket.AF_INET, address, PEER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not isinstance(caught.value, Unreachable)
 
 
 def test_an_address_family_that_the_system_lacks_is_unreachable() -> None:

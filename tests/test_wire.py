@@ -23,7 +23,6 @@ from backup.wire import (
     encode_request,
     encode_response,
     failure_status,
-    op_name,
 )
 
 EVERY_ERROR = [
@@ -166,8 +165,3 @@ def test_each_op_answers_a_failure_by_the_protocols_table(kind: Type[BackupError
 @pytest.mark.parametrize("op", UNKNOWN_OPS)
 def test_an_unknown_op_is_answered_with_1001(op: int) -> None:
     assert failure_status(op, NotFound("it broke")) == 1001
-
-
-def test_an_op_is_shown_as_a_word_and_an_unknown_one_as_its_number() -> None:
-    assert [op_name(op) for op in (100, 200, 201, 202)] == ["BACKUP", "RETRIEVE", "DELETE", "LIST"]
-    assert [op_name(op) for op in UNKNOWN_OPS] == [str(op) for op in UNKNOWN_OPS]

@@ -7,12 +7,13 @@ import sys
 from typing import Callable
 
 from backup import BackupError
+from backup.cli import Parser
 from backup.config import SERVER_INFO
 
 
 def options(description: str) -> argparse.ArgumentParser:
     """A parser that knows which server the tool talks to."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument(
         "--server-info",
         metavar="FILE",

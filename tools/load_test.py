@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from backup import Backup, Client, Delete, Job, Listing, Outcome, Retrieve
 from backup.config import draw_user_id, read_server_info
 from backup.sequence import format_size
+from backup.server import raise_descriptor_limit
 from tools.common import at_least_one, options, run
 
 
@@ -110,20 +111,6 @@ class OneClient:
         self.next()
 
 
-def raise_descriptor_limit(wanted: int) -> None:
-    """Asks for room for this many descriptors, where the system limits them."""
-    try:
-        import resource
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < target:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-    if target < wanted:
-        print(f"only {target} descriptors are allowed, {wanted} may be needed", file=sys.stderr)
-
-
 def main() -> int:
     parser = options("Many clients at once on one reactor.")
     parser.add_argument("--clients", type=at_least_one, default=1000, metavar="N")
@@ -131,7 +118,7 @@ def main() -> int:
     parser.add_argument("--size", type=at_least_one, default=1024, metavar="N", help="bytes a file")
     chosen = parser.parse_args()
     address = read_server_info(chosen.server_info)
-    raise_descriptor_limit(2 * chosen.clients + 64)
+    raise_descriptor_limit()
     tally = Tally()
     first_user = draw_user_id() % (2**32 - chosen.clients)
     with tempfile.TemporaryDirectory() as work, Client(address, first_user) as client:
