@@ -55,7 +55,6 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("BACKUP_SERVER", "BACKUP_USER_ID", "BACKUP_BASE_DIR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    gc.collect()
     descriptors, threads = open_descriptors(), set(threading.enumerate())
     yield
     gc.collect()
