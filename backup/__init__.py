@@ -2,13 +2,13 @@
 
 ::
 
-    from backup import Client, Server
+    >>> from backup import Client, Server
 
-    server = Server(root="backupsvr", address=("127.0.0.1", 0))
-    server.serve_forever()  # until server.stop(), from any thread or signal handler
+    >>> server = Server(root="backupsvr", address=("127.0.0.1", 0))
+    >>> server.serve_forever()  # until server.stop(), from any thread or signal handler
 
-    with Client(server.address, user_id=7) as client:
-        client.backup("report.pdf")
+    >>> with Client(server.address, user_id=7) as client:
+    ...     client.backup("report.pdf")
 
 Importing it sets nothing up: no signal handler, no logging, no global state.
 """

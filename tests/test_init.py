@@ -103,7 +103,8 @@ def paragraphs() -> List[str]:
     assert backup.__doc__ is not None
     text = backup.__doc__.split("::\n\n")[1]
     lines = [line for line in text.splitlines() if line.startswith("    ") or not line]
-    return inspect.cleandoc("\n".join(lines)).strip().split("\n\n")
+    text = inspect.cleandoc("\n".join(lines)).strip()
+    return re.sub(r"^(>>>|\.\.\.) ", "", text, flags=re.MULTILINE).split("\n\n")
 
 
 def test_the_example_of_the_docstring_works(
