@@ -26,6 +26,7 @@ from .log import Line, Log, to_stream
 from .names import show
 from .sequence import steps
 from .server import Server, raise_descriptor_limit
+from .settings import Settings
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -122,6 +123,11 @@ def _serve_options(sub: Parser) -> None:
         metavar="DIR",
         help=f"keep the files in DIR (default: $BACKUP_BASE_DIR or {config.DEFAULT_ROOT})",
     )
+    sub.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="answer without waiting for the disk: a power cut then loses acknowledged files",
+    )
     volume = sub.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="log broken connections too")
     volume.add_argument("-q", "--quiet", action="store_true", help="log only what went wrong")
@@ -180,7 +186,9 @@ def serve(options: argparse.Namespace, _: Console) -> int:
     log = Log(to_stream(sys.stderr), logging.WARNING if options.quiet else level)
     signals = 0
     raise_descriptor_limit()
-    with Server(config.store_root(options.root, os.environ), address, log=log) as server:
+    settings = Settings(fsync=not options.no_fsync)
+    root = config.store_root(options.root, os.environ)
+    with Server(root, address, settings, log) as server:
 
         def stop(*_: object) -> None:
             nonlocal signals
@@ -264,23 +272,23 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             # A name that the terminal's encoding lacks is shown escaped rather than not at all.
             stream.reconfigure(errors="backslashreplace")
     console = Console(sys.stdout, sys.stderr, os.environ)
-    try:
-        with _on_signals(_interrupt):
+    with _on_signals(_interrupt):  # until the last word is said
+        try:
             return _run(arguments, console)
-    except OutputFailed as error:
-        if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
+        except OutputFailed as error:
+            if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
+                console.error(str(error))
+            _abandon(sys.stdout)
+            return error.exit_code
+        except BackupError as error:
             console.error(str(error))
-        _abandon(sys.stdout)
-        return error.exit_code
-    except BackupError as error:
-        console.error(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.error("interrupted")
-        return INTERRUPTED
-    except OSError as error:
-        console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
-        return FAILED
+            return error.exit_code
+        except KeyboardInterrupt:
+            console.error("interrupted")
+            return INTERRUPTED
+        except OSError as error:
+            console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
+            return FAILED
 
 
 def _run(arguments: Optional[Sequence[str]], console: Console) -> int:

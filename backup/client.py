@@ -55,6 +55,8 @@ class Running:
         self.addresses.clear()
         if self.connection is not None:
             self.connection.close(ConnectionFailed("cancelled"))
+        if self.exchange is not None and not self.ended:  # it was interrupted while it closed
+            self.exchange.abort()
 
 
 class Client(Owner):

@@ -35,6 +35,9 @@ from tests.test_client import (
     deaf,
     sparse,
     staying,
+    take,
+    take_head,
+    until_closed,
     unused_address,
     watchdog,
 )
@@ -517,6 +520,35 @@ def test_an_impatient_user_leaves_no_file_either(
     with interrupted_get(user, monkeypatch) as get:
         assert get() == 130
     assert user.content() == files
+
+
+def test_a_second_signal_while_the_first_is_reported_changes_nothing(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def script(sock: socket.socket) -> None:
+        take(sock, take_head(sock))
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        until_closed(sock)
+
+    class Slow(io.StringIO):
+        """What is written to it takes so long that the user interrupts once more."""
+
+        def write(self, text: str) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    stderr = Slow()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Scripted(script) as server, watchdog():
+        host, port = server.address
+        try:
+            code = main(["list", "--server", f"{host}:{port}"])
+        except KeyboardInterrupt:  # which would end all tests
+            pytest.fail("main was interrupted")
+    assert (stderr.getvalue(), code) == (errors("interrupted"), 130)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

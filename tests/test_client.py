@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -947,6 +948,24 @@ def test_an_interrupted_backup_leaves_the_older_file(
     assert not server.temporary()
     client.retrieve("a", folder.new)
     assert folder.new.read_bytes() == b"to be sent"
+
+
+def test_an_interrupt_while_a_connection_is_closed_leaves_nothing_open(
+    client: Client, server: RunningServer, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was received is in its place or gone, but not beside it."""
+    client.backup(folder.source)
+    unregister = selectors.DefaultSelector.unregister
+
+    def interrupted(selector: selectors.DefaultSelector, sock: socket.socket) -> None:
+        monkeypatch.undo()
+        unregister(selector, sock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selectors.DefaultSelector, "unregister", interrupted)
+    with Client(server.address, USER) as another, pytest.raises(KeyboardInterrupt):
+        another.retrieve("a", folder.new)
+    assert set(folder.content()) <= {"a", "old", "new"}
 
 
 def test_an_interrupted_run_leaves_nothing(
