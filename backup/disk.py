@@ -6,7 +6,11 @@ never followed, neither as the folder nor as a file in it. Where the system
 opens files relative to a descriptor (``openat(2)``, ``O_NOFOLLOW``), nobody can
 swap the folder under our feet; elsewhere every step checks again.
 
-Errors are the system's own, as ``OSError``; the rooms above give them meaning.
+What ``sync`` and ``Folder.sync`` have returned from survives a power cut, as
+far as the disk keeps its word; nothing else here promises that.
+
+Errors are the system's own, as ``OSError``; ``failed`` makes of one what the
+rooms above raise.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ import errno
 import os
 import stat
 import time
-from typing import List, Optional, Type
+from contextlib import suppress
+from typing import Generator, Iterable, List, Optional, Type, Union
+
+from .errors import StoreFailed
+from .names import show
 
 try:
     import fcntl as fcntl
@@ -29,11 +37,19 @@ HAS_DIR_FD = (
     and hasattr(os, "O_DIRECTORY")
 )
 
+HAS_FADVISE = hasattr(os, "posix_fadvise")
+
+# macOS only; what it says where a file system has no such thing (fcntl(2)).
+_FULL_SYNC: Optional[int] = getattr(fcntl, "F_FULLFSYNC", None)
+_NO_FULL_SYNC = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL}
+
 # Without O_NONBLOCK, opening a pipe that lies in the folder would wait for its other end.
 _SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 _READ = os.O_RDONLY | _SAFELY
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
+
+Entries = Generator["os.DirEntry[str]", None, None]
 
 
 class Folder:
@@ -84,9 +100,18 @@ class Folder:
         """Removes ``name``."""
         os.unlink(self._at(name))
 
+    def sync(self) -> None:
+        """Makes durable which names are in here, and what they stand for."""
+        sync_folder(self._checked())
+
+    def entries(self) -> Entries:
+        """What is inside, read from the disk as it is asked for; close it."""
+        with os.scandir(os.fsdecode(self._checked())) as entries:
+            yield from entries
+
     def files(self) -> List[bytes]:
         """The names of the regular files inside, in no order."""
-        return _regular(self._checked())
+        return [os.fsencode(name) for name in regular(self.entries())]
 
     def _at(self, name: bytes) -> bytes:
         return os.path.join(self._checked(), name)
@@ -105,7 +130,8 @@ class DescriptorFolder(Folder):
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def close(self) -> None:
-        os.close(self._fd)
+        with suppress(OSError):  # nothing was written through it that could be lost
+            os.close(self._fd)
 
     def open(self, name: bytes) -> int:
         return os.open(name, _READ | _BINARY, dir_fd=self._fd)
@@ -122,8 +148,12 @@ class DescriptorFolder(Folder):
     def unlink(self, name: bytes) -> None:
         os.unlink(name, dir_fd=self._fd)
 
-    def files(self) -> List[bytes]:
-        return _regular(self._fd)
+    def sync(self) -> None:
+        sync(self._fd)
+
+    def entries(self) -> Entries:
+        with os.scandir(self._fd) as entries:
+            yield from entries
 
 
 def open_folder(path: bytes) -> Folder:
@@ -132,9 +162,25 @@ def open_folder(path: bytes) -> Folder:
     return kind(path)
 
 
-def _regular(place: object) -> List[bytes]:
-    with os.scandir(place) as entries:  # type: ignore[call-overload]
-        return [os.fsencode(e.name) for e in entries if e.is_file(follow_symlinks=False)]
+def regular(entries: Iterable[os.DirEntry[str]]) -> List[str]:
+    """The names of the regular files among the entries of a folder."""
+    return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+
+
+def make_folder(path: bytes, durably: bool) -> None:
+    """Makes the folder at ``path`` and those above it, as far as they are missing.
+
+    ``durably``: so that they survive a power cut.
+    """
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another has made it meanwhile
+            os.mkdir(path, 0o700)
+        if durably:
+            sync_folder(os.path.dirname(path))
 
 
 def status(fd: int) -> os.stat_result:
@@ -144,6 +190,42 @@ def status(fd: int) -> os.stat_result:
     except OSError:
         os.close(fd)
         raise
+
+
+def sync(fd: int) -> None:
+    """Returns when the open file, with all that is needed to find it again, is on the disk.
+
+    fsync(2); on macOS that stops at the disk's own cache, and fcntl(2) has F_FULLFSYNC to pass it.
+    """
+    if _FULL_SYNC is not None:
+        try:
+            fcntl.fcntl(fd, _FULL_SYNC)
+            return
+        except OSError as error:
+            if error.errno not in _NO_FULL_SYNC:
+                raise
+    os.fsync(fd)
+
+
+def sync_folder(path: bytes) -> None:
+    """The same for a folder: the names in it and what they stand for. Follows links."""
+    if os.name == "nt":
+        return  # Windows opens no folder for this; NTFS keeps a journal of its own
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def start_write_back(fd: int, offset: int, length: int) -> None:
+    """Has the system begin to write this part of an open file to the disk, and does not wait.
+
+    ``length`` 0 is up to its end. On Linux ``POSIX_FADV_DONTNEED`` does that to pages that are
+    not written yet (mm/fadvise.c). It is advice: ``sync`` alone tells whether they were written.
+    """
+    if HAS_FADVISE:
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def create(path: bytes) -> int:
@@ -199,3 +281,9 @@ def _lock(fd: int) -> Optional[bool]:
             return None  # a network file system without locks
         raise
     return True
+
+
+def failed(what: str, path: bytes, error: Union[OSError, ValueError]) -> StoreFailed:
+    """The error that says that the disk did not do this at ``path``, and why."""
+    reason = (getattr(error, "strerror", None) or str(error)).lower()
+    return StoreFailed(f"{what}: {reason}; check this folder and its disk", show(os.fsdecode(path)))

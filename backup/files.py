@@ -1,9 +1,12 @@
 """The client's files: one that is sent, one that is received.
 
 Rules: what is sent is one state of the file or nothing. The last bytes leave
-only after size and times were seen unchanged, so a file that
-grows, shrinks or is rewritten meanwhile never becomes a whole upload; the bytes
-are copied, not sent by sendfile(2), which would send what the pages hold later.
+only after size and times were seen unchanged, so a file that grows, shrinks or
+is rewritten meanwhile never becomes a whole upload. sendfile(2) sends what the
+pages hold when the peer reads them, which may be after that look: so the last
+``_COPIED_BYTES`` are copied. They are more than the sockets of both ends hold
+between them, and so all that was sent by sendfile has been read by the peer
+before the look that counts.
 What is received is written beside its target under a name of its own and takes
 the target's by a rename; nothing else is touched.
 """
@@ -26,6 +29,11 @@ Path = Union[str, "os.PathLike[str]"]
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 _CHUNK_BYTES = 128 * 1024
+
+# Linux lets a send buffer grow to 4 MiB and a receive buffer to 6 MiB (tcp(7), tcp_wmem and
+# tcp_rmem), and machines that are tuned for long distances to 16 MiB each.
+_COPIED_BYTES = 32 * 1024 * 1024
+
 _BINARY = getattr(os, "O_BINARY", 0)
 # Without O_NONBLOCK, opening a pipe would wait for its other end.
 _READ = os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)
@@ -59,11 +67,21 @@ class Source(Body):
             raise
 
     def send(self, stream: Stream, limit: int) -> Optional[int]:
-        if not self._held:
-            self._held = self._read(min(limit, self.remaining, _CHUNK_BYTES))
-        count = stream.send(self._held[:limit])
+        uncopied = self.remaining - _COPIED_BYTES
+        if uncopied > 0:
+            offset = self.size - self.remaining
+            try:
+                count = stream.send_file(self._fd, offset, min(limit, uncopied))
+            except OSError as error:
+                raise _unreadable(self._path, error) from error
+            if count == 0:
+                raise self._changed()
+        else:
+            if not self._held:
+                self._held = self._read(min(limit, self.remaining, _CHUNK_BYTES))
+            count = stream.send(self._held[:limit])
+            self._held = self._held[count or 0 :]
         if count is not None:
-            self._held = self._held[count:]
             self.remaining -= count
             self._report(self.size - self.remaining, self.size)
         return count
@@ -73,15 +91,18 @@ class Source(Body):
 
     def _read(self, count: int) -> memoryview:
         try:
+            os.lseek(self._fd, self.size - self.remaining, os.SEEK_SET)
             data = os.read(self._fd, count)
         except OSError as error:
             raise _unreadable(self._path, error) from error
-        now = os.fstat(self._fd)
-        if not data or _changed(self._before, now):
-            raise FileChanged(
-                f"{show(self._path)} changed while it was read; nothing is stored; retry"
-            )
+        if not data or _is_another(self._before, os.fstat(self._fd)):
+            raise self._changed()
         return memoryview(data)
+
+    def _changed(self) -> FileChanged:
+        return FileChanged(
+            f"{show(self._path)} changed while it was read; nothing is stored; retry"
+        )
 
 
 class Target:
@@ -174,7 +195,7 @@ class Target:
         )
 
 
-def _changed(before: os.stat_result, now: os.stat_result) -> bool:
+def _is_another(before: os.stat_result, now: os.stat_result) -> bool:
     if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
         return True
     # The time of the last status change gives away who set the other one back. It also moves

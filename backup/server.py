@@ -1,8 +1,10 @@
 """The server: listens, gives each connection a session, commits what a turn has brought, drains.
 
 Rules: one thread and one reactor do everything; nothing here blocks but the
-disk. Changes that are whole at the end of a turn are committed together and
-answered then. No more connections are accepted than descriptors can serve; the
+disk, and that is bounded: the changes that are whole at the end of a turn are
+committed together and answered then, ``commit_files`` of them; what else was put
+off is done piece by piece until ``turn_seconds`` have passed; and what is left
+waits for the next turn. No more connections are accepted than descriptors can serve; the
 others wait. When the system is out of them all the same, the listener rests, and
 nothing that was accepted is dropped. ``stop`` ends the listening and lets running requests
 finish; a second one does not wait.
@@ -15,19 +17,20 @@ import logging
 import os
 import socket
 import sys
+from collections import deque
 from contextlib import suppress
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Deque, Dict, List, Optional, Tuple, Union
 
 from .address import format_address, resolve
-from .connection import Connection, Owner, Phase
+from .connection import Connection, Later, Outgoing, Owner, Phase
 from .errors import BackupError, ListenFailed
 from .log import Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
 from .session import Session
 from .settings import Settings
-from .storage import Store
-from .stream import Stream
+from .storage import Change, Store
+from .stream import Stream, no_delay
 
 try:
     import resource
@@ -35,6 +38,8 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _SPARE = 16  # descriptors that the loop, the log, a folder and whoever embeds the server may need
+
+_FOLDERS = 64  # descriptors that a commit may need for its users' folders
 
 # What accept(2) says when the system, not the connection, lacks something.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -60,18 +65,23 @@ class Server(Owner):
         self._log = Log(to_logging) if log is None else log
         self._listener = _listen(address, settings.backlog)
         try:
-            self._store = Store(root, settings)
             self._reactor = Reactor()
-        except BaseException as error:
+        except OSError as error:
             self._listener.close()
-            if isinstance(error, OSError):
-                raise _cannot_listen(address, error, "close what it has open") from error
+            raise _cannot_listen(address, error, "close what it has open") from error
+        try:
+            self._store = Store(root, settings, self._reactor.at_turn_end)
+        except BaseException:
+            self._reactor.close()
+            self._listener.close()
             raise
         host, port = self._listener.getsockname()[:2]
         self.address: Tuple[str, int] = (host, port)
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
-        self._to_commit: List[Connection] = []
+        self._to_commit: Deque[Connection] = deque()
+        self._to_step: Deque[Connection] = deque()
+        self._settling = False  # whether the end of a turn is awaited, to go on with these
         room = _room_for_connections(self._listener.fileno())
         self._room = min(room, self._reactor.room)
         self._full = self._was_full = False
@@ -126,16 +136,19 @@ class Server(Owner):
         self._closed = True
         self._close_connections()
         self._listener.close()
+        self._store.close()
         self._reactor.close()
         self._log.flush()
 
-    def answer_later(self, connection: Connection) -> None:
-        if not self._to_commit:
-            self._reactor.at_turn_end(self._commit)
-        self._to_commit.append(connection)
+    def put_off(self, connection: Connection, later: Later) -> None:
+        (self._to_commit if later is Later.COMMIT else self._to_step).append(connection)
+        if not self._settling:
+            self._settling = True
+            # In the round after the next, so that the answers that are ready leave before.
+            self._reactor.at_turn_end(lambda: self._reactor.at_turn_end(self._settle))
 
-    def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
-        self._sessions.pop(connection).closed(error)
+    def closed(self, connection: Connection, _: Optional[BackupError]) -> None:
+        del self._sessions[connection]
         if self._full:
             self._full = False
             self._listen_again()
@@ -151,20 +164,30 @@ class Server(Owner):
             self._reactor.watch(self._listener, READ, self._accept)
 
     def _accept(self, _: int) -> None:
+        # One kind of work after the other, each for all: see ``reactor``.
+        accepted: List[Connection] = []
         for _ in range(self._settings.accepts_per_turn):
-            if len(self._sessions) >= self._room:
-                self._wait_for_room()
-                return
-            try:
-                sock, address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    continue  # a connection that was gone before it was accepted
+            if not self._accept_one(accepted):
+                break
+        for connection in accepted:
+            connection.start()
+
+    def _accept_one(self, accepted: List[Connection]) -> bool:
+        """Accepts a connection, if there is one and room for it; whether to go on."""
+        if len(self._sessions) >= self._room:
+            self._wait_for_room()
+            return False
+        try:
+            sock, address = self._listener.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
                 self._rest(error)
-                return
-            self._serve(sock, format_address(address))
+                return False
+            return True  # a connection that was gone before it was accepted
+        accepted.append(self._connection(sock, format_address(address)))
+        return True
 
     def _wait_for_room(self) -> None:
         """Accepts nobody until a connection is closed."""
@@ -180,8 +203,8 @@ class Server(Owner):
         self._reactor.unwatch(self._listener)
         self._reactor.deadline(seconds, self._listen_again)
 
-    def _serve(self, sock: socket.socket, peer: str) -> None:
-        session = Session(self._store, self._log, peer)
+    def _connection(self, sock: socket.socket, peer: str) -> Connection:
+        session = Session(self._store, self._log, peer, settings=self._settings)
         connection = Connection(
             self._reactor,
             Stream(sock, peer),
@@ -193,19 +216,42 @@ class Server(Owner):
             owner=self,
         )
         self._sessions[connection] = session
-        connection.start()
+        return connection
+
+    def _settle(self) -> None:
+        """At the end of a turn: goes on with what was put off."""
+        began = self._reactor.now()
+        self._commit()
+        while self._to_step and self._reactor.now() - began < self._settings.turn_seconds:
+            self._step(self._to_step.popleft())
+        self._settling = bool(self._to_commit or self._to_step)
+        if self._settling:
+            self._reactor.next_turn(self._settle)
 
     def _commit(self) -> None:
-        """Makes the changes of this turn take effect and answers them."""
-        waiting, self._to_commit = self._to_commit, []
-        batch = []
-        for connection in waiting:
+        """Makes changes take effect, with all others that are whole, and answers them."""
+        batch: List[Tuple[Connection, Session, Change]] = []
+        while self._to_commit and len(batch) < self._settings.commit_files:
+            connection = self._to_commit.popleft()
             session = self._sessions.get(connection)
             if session is not None and session.change is not None:  # not closed meanwhile
                 batch.append((connection, session, session.change))
         errors = self._store.commit([change for _, _, change in batch])
         for (connection, session, _), error in zip(batch, errors):
             connection.send(session.committed(error))
+
+    def _step(self, connection: Connection) -> None:
+        """Does one piece of a connection's work."""
+        session = self._sessions.get(connection)
+        if session is None:
+            return  # closed meanwhile
+        then = session.step()
+        if isinstance(then, Outgoing):
+            connection.send(then)
+        elif then is None:
+            connection.resume()
+        else:
+            self.put_off(connection, then)
 
     def _stop(self) -> None:
         if self._stopping or not self._sessions:
@@ -243,16 +289,19 @@ class Server(Owner):
 
 
 def _room_for_connections(in_use: int) -> int:
-    """How many connections the descriptor limit allows: each may need a second one for its file.
+    """How many connections the descriptor limit allows, with some left for files and folders.
 
     ``in_use`` is about how many are open, as the number of the newest tells.
+    Most of many connections are silent or wait; a quarter of the descriptors, and some for a
+    commit's folders, are left for the files of those that are served. Of few, each may have one.
     """
     if resource is None:
         return sys.maxsize
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
-    return max(1, (limit - in_use - _SPARE) // 2)
+    room = limit - in_use - _SPARE
+    return max(1, room - min(room // 2, room // 4 + _FOLDERS))
 
 
 def raise_descriptor_limit() -> None:
@@ -274,6 +323,7 @@ def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        no_delay(listener)
         listener.bind(place)
         listener.listen(backlog)
         listener.setblocking(False)

@@ -3,22 +3,23 @@
 Rules: a request becomes an answer, as values: ``take`` returns what to send.
 Nothing is changed here: an upload is written to its temporary file, and what
 would take effect, a whole upload or a removal, is left in ``change`` for the
-server to commit with all others of the turn. Any ``Refused`` becomes the
-failure status of the operation. Every request that is answered, or whose fields
-were whole, leaves exactly one line in the log, when it ends.
+server to commit with all others of the turn. What would keep the loop too long,
+a piece of an upload that has to get to the disk or the names of a large folder,
+is put off to ``step``. Any ``Refused`` becomes the failure status of the
+operation. Every request that is answered, or whose fields were whole, leaves
+exactly one line in the log, when it ends.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
+from itertools import islice
 from typing import Callable, Dict, Optional, Union
 
 from .connection import Body, Endpoint, Later, Outgoing
 from .errors import (
     BackupError,
-    ConnectionFailed,
     CutShort,
     EmptyFile,
     Refused,
@@ -26,11 +27,14 @@ from .errors import (
     TooLarge,
     UnknownOperation,
 )
+from .listing import Listing
 from .log import Log
 from .names import MAX_NAME_BYTES, escape
 from .protocol import Cut, Data, End, Excess, Head, Part, State
-from .storage import Change, Store, Stored, Upload
+from .settings import Settings
+from .storage import Change, Store, Stored
 from .stream import Stream
+from .upload import Upload
 from .wire import (
     MAX_FILE_BYTES,
     MAX_SIZE,
@@ -40,9 +44,10 @@ from .wire import (
     Request,
     Response,
     Status,
-    encode_listing,
+    encode_names,
     encode_response,
     failure_status,
+    listing_size,
 )
 
 
@@ -50,32 +55,78 @@ class StoredBody(Body):
     """A stored file on its way out."""
 
     def __init__(self, stored: Stored) -> None:
-        self._fd = stored.fd
+        self._stored = stored
         self._offset = 0
         self.remaining = stored.size
 
     def send(self, stream: Stream, limit: int) -> Optional[int]:
-        count = stream.send_file(self._fd, self._offset, min(limit, self.remaining))
+        try:
+            count = stream.send_file(self._stored.fd, self._offset, min(limit, self.remaining))
+        except OSError as error:
+            raise StoreFailed(f"cannot read a stored file: {error}; check its disk") from error
         if count is None:
             return None
-        if count == 0:  # stored files never change, unless somebody else's hand does it
-            raise ConnectionFailed("a stored file became shorter while it was sent")
+        if count == 0:  # stored files never change, unless by somebody else's hand
+            raise StoreFailed("a stored file became shorter while it was sent; look at it")
         self._offset += count
         self.remaining -= count
         return count
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._stored.close()
+
+
+class ListedBody(Body):
+    """The names of a large folder on their way out, a slice of them in a turn."""
+
+    def __init__(self, listing: Listing, slice_names: int) -> None:
+        self._names = iter(listing)
+        self._slice = slice_names
+        self._held = memoryview(b"")  # encoded, not yet sent
+        self.remaining = listing_size(listing.count, listing.bytes) - SIZE.size
+
+    def send(self, stream: Stream, limit: int) -> Optional[int]:
+        if not self._held:
+            self._held = memoryview(encode_names(islice(self._names, self._slice)))
+            return None  # merging them was a turn's work
+        count = stream.send(self._held[:limit], more=True)
+        if count is not None:
+            self._held = self._held[count:]
+            self.remaining -= count
+        return count
 
 
 class Session(Endpoint):
     """One request: its parts in, its answer out. ``change`` is what is to be committed."""
 
+    __slots__ = (
+        "_began",
+        "_body",
+        "_bytes",
+        "_error",
+        "_listing",
+        "_log",
+        "_logged",
+        "_now",
+        "_peer",
+        "_request",
+        "_settings",
+        "_status",
+        "_store",
+        "change",
+    )
+
     def __init__(
-        self, store: Store, log: Log, peer: str, now: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        log: Log,
+        peer: str,
+        now: Callable[[], float] = time.monotonic,
+        settings: Settings = Settings(),
     ) -> None:
         self._store = store
         self._log = log
+        self._settings = settings
         self._peer = peer
         self._now = now
         self._began = now()
@@ -84,6 +135,7 @@ class Session(Endpoint):
         self._error: Optional[BackupError] = None
         self._bytes = 0  # of the file or listing: received, or to be sent
         self._body: Optional[Body] = None
+        self._listing: Optional[Listing] = None  # while it is read
         self._logged = False
         self.change: Optional[Change] = None
 
@@ -92,14 +144,25 @@ class Session(Endpoint):
             return None  # answered already: what comes now is read and thrown away
         try:
             if isinstance(part, Data):
-                self._write(part.view)
-                return None
+                return self._write(part.view)
             if isinstance(part, Head):
                 assert isinstance(part.message, Request)
                 return self._begin(part.message)
             if isinstance(part, End):
-                return Later.AT_TURN_END if self.change is not None else None
+                return Later.COMMIT if self.change is not None else None
             return self._cut(part)
+        except Refused as error:
+            return self._fail(error)
+
+    def step(self) -> Union[Outgoing, Later, None]:
+        """Does the piece of work that was put off; an answer, more of it, or the next bytes."""
+        try:
+            if isinstance(self.change, Upload):
+                self.change.catch_up()
+                return None
+            assert self._listing is not None
+            self._listing.step()
+            return self._listed(self._listing)
         except Refused as error:
             return self._fail(error)
 
@@ -118,6 +181,10 @@ class Session(Endpoint):
         """The connection is closed, with ``error`` if the answer has not passed."""
         if isinstance(self.change, Upload):
             self.change.abort()
+        if self._listing is not None:
+            self._listing.close()
+        if isinstance(error, StoreFailed):  # which broke the answer off
+            self._log.add(logging.WARNING, str(error))
         self._error = self._error or error
         if self._request is not None:
             self._write_line()
@@ -126,7 +193,7 @@ class Session(Endpoint):
                 logging.DEBUG, f"closed without a request reason={error.reason} peer={self._peer}"
             )
 
-    def _begin(self, request: Request) -> Optional[Outgoing]:
+    def _begin(self, request: Request) -> Union[Outgoing, Later, None]:
         self._request = request
         if request.version != VERSION:
             text = f"unexpected protocol version {request.version}, expected {VERSION}"
@@ -147,28 +214,44 @@ class Session(Endpoint):
 
     def _retrieve(self, request: Request) -> Outgoing:
         stored = self._store.open(request.user_id, request.name)
-        body = StoredBody(stored)
         if stored.size > MAX_FILE_BYTES:
-            body.close()
+            stored.close()
             raise TooLarge(f"{stored.size} bytes are more than an answer can carry")
-        self._body = body
         self._bytes = stored.size
-        return self._answer(Status.FOUND, SIZE.pack(stored.size), body)
+        size = SIZE.pack(stored.size)
+        if stored.size <= self._settings.small_bytes:  # then it leaves with the fields
+            return self._answer(Status.FOUND, size + stored.read())
+        self._body = StoredBody(stored)
+        return self._answer(Status.FOUND, size, self._body)
 
     def _delete(self, request: Request) -> None:
         self.change = self._store.remove(request.user_id, request.name)
 
-    def _list(self, request: Request) -> Outgoing:
-        payload = encode_listing(self._store.names(request.user_id))
-        if len(payload) > MAX_SIZE:
-            raise TooLarge(f"a listing of {len(payload)} bytes is more than an answer can carry")
-        self._bytes = len(payload)
-        return self._answer(Status.FOUND, payload)
+    def _list(self, request: Request) -> Union[Outgoing, Later]:
+        return self._listed(self._store.list(request.user_id))
 
-    def _write(self, view: memoryview) -> None:
+    def _listed(self, listing: Listing) -> Union[Outgoing, Later]:
+        """The answer, if all names have been read."""
+        if not listing.done:
+            self._listing = listing
+            return Later.STEP
+        size = listing_size(listing.count, listing.bytes)
+        if size > MAX_SIZE:
+            raise TooLarge(f"a listing of {size} bytes is more than an answer can carry")
+        self._bytes = size
+        count = SIZE.pack(listing.count)
+        if listing is not self._listing:  # it was one slice
+            return self._answer(Status.FOUND, count + encode_names(listing))
+        self._body = ListedBody(listing, self._settings.listing_names)
+        return self._answer(Status.FOUND, count, self._body)
+
+    def _write(self, view: memoryview) -> Optional[Later]:
         assert isinstance(self.change, Upload)
+        assert self._request is not None
         self.change.write(view)
         self._bytes += len(view)
+        whole = self._bytes == self._request.size  # then its commit makes it durable
+        return Later.STEP if self.change.behind and not whole else None
 
     def _cut(self, cut: Cut) -> Optional[Outgoing]:
         if cut.state not in (State.SIZE, State.PAYLOAD):
@@ -195,28 +278,25 @@ class Session(Endpoint):
         return Outgoing(encode_response(Response(VERSION, status, name, size)) + payload, body)
 
     def _write_line(self) -> None:
-        if self._logged or self._request is None:
+        request = self._request
+        if self._logged or request is None:
             return
         self._logged = True
-        request = self._request
         done = self._bytes - (self._body.remaining if self._body else 0)
         milliseconds = (self._now() - self._began) * 1000
+        shown = escape(request.name[:MAX_NAME_BYTES])
+        if len(request.name) > MAX_NAME_BYTES:  # longer than any lawful name
+            shown += "…"
         status = "-" if self._status is None else int(self._status)
         reason = f" reason={self._error.reason}" if self._error else ""
         self._log.add(
             logging.INFO,
-            f"user={request.user_id} op={request.op} file={_shown(request.name)} "
+            f"user={request.user_id} op={request.op} file={shown} "
             f"status={status} bytes={done} ms={milliseconds:.1f} peer={self._peer}{reason}",
         )
 
 
-def _shown(name: bytes) -> str:
-    """A name in the log; one that is longer than any lawful name is cut."""
-    rest = "…" if len(name) > MAX_NAME_BYTES else ""
-    return escape(name[:MAX_NAME_BYTES]) + rest
-
-
-_OPERATIONS: Dict[int, Callable[[Session, Request], Optional[Outgoing]]] = {
+_OPERATIONS: Dict[int, Callable[[Session, Request], Union[Outgoing, Later, None]]] = {
     Op.BACKUP: Session._backup,
     Op.RETRIEVE: Session._retrieve,
     Op.DELETE: Session._delete,

@@ -27,6 +27,30 @@ class Settings:
     accepts_per_turn: int = 64
     """Connections the server accepts, and serves as far as they have come, in one turn."""
 
+    fsync: bool = True
+    """Whether an answer to BACKUP or DELETE waits until the disk has what it says."""
+
+    commit_files: int = 64
+    """Changes that are made durable together at the end of a turn; more wait for the next turn."""
+
+    write_back_bytes: int = 1 * MIB
+    """An upload that has grown by this much has the system begin to write it to the disk."""
+
+    sync_seconds: float = 0.01
+    """How long one piece of a long upload should keep the disk, and so the loop, busy."""
+
+    sync_bytes: int = 32 * MIB
+    """The largest piece of an upload that may wait to be made durable; a slow disk gets less."""
+
+    small_bytes: int = 64 * KIB
+    """A stored file of up to this size is read and leaves with the answer's fields, in one send."""
+
+    listing_names: int = 1024
+    """Names of a LIST that are read, sorted or sent at once."""
+
+    turn_seconds: float = 0.01
+    """How long the pieces of work that are put off to a turn's end may take, all together."""
+
     accept_pause_seconds: float = 0.1
     """How long the listener rests when the system is out of descriptors."""
 

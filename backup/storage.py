@@ -10,8 +10,9 @@ Rules:
 - A file is never changed in place. Who has it open reads the file he opened.
 - Every temporary file is locked by the store that writes it. A file in
   ``.tmp`` that nobody has locked was left by a crash; the next start sweeps it.
-- ``commit`` is the one place where changes take effect, many at a time: what
-  makes them durable belongs there and nowhere else.
+- ``commit`` is the one place where changes take effect, many at a time. When it
+  returns, what it says has taken effect is on the disk: the file before its
+  name, the name and the removal before the answer.
 - Errors of the disk become ``StoreFailed``. No socket is known here.
 
 Names are bytes, as on the wire and on disk.
@@ -23,24 +24,44 @@ import errno
 import os
 import stat
 from contextlib import suppress
-from typing import List, NamedTuple, Optional, Sequence, Union
+from functools import partial
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Union
 
 from . import disk
-from .errors import BackupError, InvalidName, NotFound, StoreFailed
-from .names import decode, escape, show
+from .errors import BackupError, NotFound, StoreFailed
+from .listing import Listing
+from .names import decode, escape
 from .settings import Settings
+from .upload import Pace, Upload
 
 TEMPORARY = b".tmp"
+ROOT = -1  # where a user id stands for a folder: the root itself, which is nobody's
 
 # What open(2) says of a name that no file can have here, or that is a link, a socket or a device.
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EILSEQ}
 
 
 class Stored(NamedTuple):
-    """A stored file, open for reading; whoever got it closes ``fd``. ``size`` in bytes."""
+    """A stored file, open for reading; whoever got it closes it. ``size`` in bytes."""
 
     fd: int
     size: int
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        os.close(self.fd)
+
+    def read(self) -> bytes:
+        """The whole file, which is then closed. Raises ``StoreFailed``."""
+        try:
+            data = os.read(self.fd, self.size)
+        except OSError as error:
+            raise StoreFailed(f"cannot read a stored file: {error}; check its disk") from error
+        finally:
+            self.close()
+        if len(data) < self.size:  # stored files never change, unless by somebody else's hand
+            raise StoreFailed("a stored file became shorter while it was read; look at it")
+        return data
 
 
 class Removal(NamedTuple):
@@ -50,77 +71,48 @@ class Removal(NamedTuple):
     name: bytes
 
 
-class Upload:
-    """A file on its way in. ``write`` it, then hand it to ``Store.commit`` or ``abort`` it."""
-
-    def __init__(self, user_id: int, name: bytes, path: bytes, fd: int) -> None:
-        self.user_id = user_id
-        self.name = name
-        self.path = path
-        self._fd = fd
-
-    def write(self, data: memoryview) -> None:
-        """Appends ``data``. Raises ``StoreFailed``; the upload can then only be aborted."""
-        try:
-            disk.write_all(self._fd, data)
-        except OSError as error:
-            raise _failed("cannot write an upload", self.path, error) from error
-
-    def claim(self) -> bool:
-        """Locks the temporary file against sweeps; False if one was faster."""
-        return disk.claim(self._fd)
-
-    def settle(self) -> None:
-        """Raises ``OSError`` if the system has lost what was written, as NFS says on close(2)."""
-        if disk.fcntl is None:
-            self._close()  # Windows renames no open file
-        else:
-            os.close(os.dup(self._fd))  # so that the lock stays until the file has its name
-
-    def close(self) -> None:
-        """Lets go of the file, which has its name now."""
-        with suppress(OSError):  # settle has heard the last of what there was to hear
-            self._close()
-
-    def abort(self) -> None:
-        """Gives the upload up: its temporary file goes, or is left to the next start's sweep."""
-        self.close()
-        with suppress(OSError):
-            os.unlink(self.path)
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-
 Change = Union[Upload, Removal]
 
 
 class Store:
     """The files of all users below one root folder."""
 
-    def __init__(self, root: Union[str, os.PathLike[str]], settings: Settings = Settings()) -> None:
+    def __init__(
+        self,
+        root: Union[str, os.PathLike[str]],
+        settings: Settings = Settings(),
+        at_turn_end: Optional[Callable[[Callable[[], None]], None]] = None,
+    ) -> None:
         """Makes the root if it is missing and sweeps what a crash left in it.
 
+        ``at_turn_end`` is the reactor's, for a store that belongs to one: a
+        folder that is read stays open for the other requests of a turn.
         Raises ``StoreFailed`` when the root cannot be made, read or written.
         """
         self._root = os.fsencode(os.path.abspath(root))
         self._temporary = os.path.join(self._root, TEMPORARY)
+        self._users = os.path.join(self._root, b"")
         self._settings = settings
         # Names of this store's temporary files: random once, then counted.
         self._prefix = os.urandom(8).hex().encode()
         self._count = 0
+        self._pace = Pace(settings)
+        self._listings: List[Listing] = []  # that are being read
+        self._new_users: Set[int] = set()  # whose folders a power cut could still take
+        self._at_turn_end = at_turn_end
+        self._read_user = -1  # whose folder is open to be read, and that
+        self._read_folder: Optional[disk.Folder] = None
         try:
             # Only here: a root that vanishes later may be a disk that is not mounted, and what
             # is written beneath its mount point would be lost to sight when it comes back.
-            os.makedirs(self._root, 0o700, exist_ok=True)
-            os.makedirs(self._temporary, 0o700, exist_ok=True)
+            disk.make_folder(self._temporary, settings.fsync)
+            if settings.fsync:
+                disk.sync_folder(self._root)  # users' folders that a crash left unsynced
             self.sweep()
             # Finds out now, not at the first upload, that nothing can be written.
             self._new_upload(0, b"").abort()
         except (OSError, ValueError) as error:
-            raise _failed("cannot keep files", self._root, error) from error
+            raise disk.failed("cannot keep files", self._root, error) from error
 
     def begin(self, user_id: int, name: bytes) -> Upload:
         """A new upload of ``name``, with nothing written yet.
@@ -131,7 +123,7 @@ class Store:
         try:
             return self._new_upload(user_id, name)
         except OSError as error:
-            raise _failed("cannot begin an upload", self._temporary, error) from error
+            raise disk.failed("cannot begin an upload", self._temporary, error) from error
 
     def remove(self, user_id: int, name: bytes) -> Removal:
         """The removal of ``name``, to be handed to ``commit``. Raises ``InvalidName``."""
@@ -142,37 +134,72 @@ class Store:
         """Makes changes take effect, in order, and says of each how it ended.
 
         One result a change, None for success: ``StoreFailed``, or ``NotFound``
-        for a removal. A change that failed has changed nothing, and every
-        upload is finished: its temporary file is in place or gone.
+        for a removal. A change that failed has changed nothing, unless it was
+        the folder that could not be made durable: then the name stands for the
+        older file or for the new one. Every upload is finished: its temporary
+        file is in place or gone.
         """
-        return [self._apply(change) for change in changes]
+        failures: List[Optional[BackupError]] = [None] * len(changes)
+
+        def each(step: Callable[[Change], None]) -> None:
+            for place, change in enumerate(changes):
+                if failures[place] is None:
+                    failures[place] = self._attempt(step, change)
+
+        # A step waits for the disk about as long for all files as for one.
+        each(_start_write_back)
+        each(_settle)
+        with _Folders(self._folder) as folders:
+            each(partial(self._apply, folders))
+            if self._settings.fsync:
+                each(partial(self._make_durable, folders))
+        for change, failure in zip(changes, failures):
+            if isinstance(change, Upload):
+                change.close() if failure is None else change.abort()
+        return failures
 
     def open(self, user_id: int, name: bytes) -> Stored:
         """The stored file, open. Raises ``InvalidName``, ``NotFound`` or ``StoreFailed``."""
         decode(name)
         try:
-            with self._folder(user_id) as folder:
-                fd = _open_file(folder, name)
-                found = disk.status(fd)
+            fd = _open_file(self._folder_to_read(user_id), name)
+            found = disk.status(fd)
         except FileNotFoundError:
             raise _not_found(user_id, name) from None
         except OSError as error:
-            raise _failed("cannot read", self._user_path(user_id), error) from error
+            raise disk.failed("cannot read", self._user_path(user_id), error) from error
+        finally:
+            if self._at_turn_end is None:
+                self._close_read_folder()
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise _not_found(user_id, name)
         return Stored(fd, found.st_size)
 
+    def list(self, user_id: int) -> Listing:
+        """The user's names, of which a first slice is read. Raises ``StoreFailed``."""
+        path = self._user_path(user_id)
+        try:
+            entries = self._folder_to_read(user_id).entries()
+            listing = Listing(user_id, path, entries, self._settings.listing_names)
+            listing.step()
+        except FileNotFoundError:
+            return Listing.of_nothing(user_id, path)
+        except OSError as error:
+            raise disk.failed("cannot list", path, error) from error
+        finally:
+            if self._at_turn_end is None:
+                self._close_read_folder()
+        if listing.reading:
+            self._listings.append(listing)
+        return listing
+
     def names(self, user_id: int) -> List[bytes]:
         """The names of a user's files, sorted by their bytes. Raises ``StoreFailed``."""
-        try:
-            with self._folder(user_id) as folder:
-                found = folder.files()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise _failed("cannot list", self._user_path(user_id), error) from error
-        return sorted(name for name in found if _lawful(name))
+        listing = self.list(user_id)
+        while not listing.done:
+            listing.step()
+        return [*listing]
 
     def sweep(self) -> int:
         """Removes temporary files that no running store writes; how many. Raises ``OSError``."""
@@ -186,45 +213,38 @@ class Store:
                     continue  # finished, or swept by another start, or another account's
         return swept
 
-    def _apply(self, change: Change) -> Optional[BackupError]:
-        failure: BackupError
+    def _attempt(self, step: Callable[[Change], None], change: Change) -> Optional[BackupError]:
+        """Takes one step for one change; what kept it from succeeding."""
         try:
-            if isinstance(change, Upload):
-                self._put_in_place(change)
-            else:
-                self._remove(change)
-            return None
+            step(change)
         except BackupError as error:
-            failure = error
+            return error
         except OSError as error:
-            failure = _failed("cannot change", self._user_path(change.user_id), error)
+            return disk.failed("cannot change", self._user_path(change.user_id), error)
+        return None
+
+    def _apply(self, folders: _Folders, change: Change) -> None:
+        """Gives the file its name, or takes it away."""
+        there = isinstance(change, Upload)
         if isinstance(change, Upload):
-            change.abort()
-        return failure
+            _put_in_place(folders.get(change.user_id, create=True), change)
+        else:
+            _remove(folders, change)
+        if self._listings:
+            self._listings = [listing for listing in self._listings if listing.reading]
+            for listing in self._listings:
+                if listing.user_id == change.user_id:
+                    listing.changed(change.name, there)
 
-    def _put_in_place(self, upload: Upload) -> None:
-        with self._folder(upload.user_id, create=True) as folder:
-            mode = folder.mode(upload.name)
-            if mode is not None and not stat.S_ISREG(mode):
-                raise StoreFailed(
-                    "what has this name in the user's folder is not a regular file; look at it",
-                    escape(upload.name, keep=" "),
-                )
-            upload.settle()
-            folder.take(upload.path, upload.name)
-        upload.close()
-
-    def _remove(self, removal: Removal) -> None:
-        try:
-            with self._folder(removal.user_id) as folder:
-                if not stat.S_ISREG(folder.mode(removal.name) or 0):
-                    raise _not_found(removal.user_id, removal.name)
-                folder.unlink(removal.name)
-        except FileNotFoundError:
-            raise _not_found(removal.user_id, removal.name) from None
+    def _make_durable(self, folders: _Folders, change: Change) -> None:
+        """Makes the change's folder durable, and the root if the folder is new in it."""
+        folders.sync(change.user_id)
+        if change.user_id in self._new_users:
+            folders.sync_once(ROOT, lambda: disk.sync_folder(self._root))
+            self._new_users.discard(change.user_id)
 
     def _user_path(self, user_id: int) -> bytes:
-        return os.path.join(self._root, b"%d" % user_id)
+        return b"%s%d" % (self._users, user_id)
 
     def _folder(self, user_id: int, create: bool = False) -> disk.Folder:
         path = self._user_path(user_id)
@@ -237,14 +257,34 @@ class Store:
                 raise
         with suppress(FileExistsError):  # another server of this root may have made it first
             os.mkdir(path, 0o700)
+        if self._settings.fsync:
+            self._new_users.add(user_id)
         return disk.open_folder(path)
+
+    def _folder_to_read(self, user_id: int) -> disk.Folder:
+        """The user's folder; for many requests of a user in one turn, opened once."""
+        if self._read_folder is None or self._read_user != user_id:
+            self._close_read_folder()
+            self._read_folder, self._read_user = self._folder(user_id), user_id
+            if self._at_turn_end is not None:
+                self._at_turn_end(self._close_read_folder)
+        return self._read_folder
+
+    def close(self) -> None:
+        """Lets go of what is still open because a turn ended early."""
+        self._close_read_folder()
+
+    def _close_read_folder(self) -> None:
+        if self._read_folder is not None:
+            self._read_folder.close()
+            self._read_folder = None
 
     def _new_upload(self, user_id: int, name: bytes) -> Upload:
         """An upload with a new file in the temporary folder, claimed."""
         while True:
             self._count += 1
             path = os.path.join(self._temporary, b"%s-%d" % (self._prefix, self._count))
-            upload = Upload(user_id, name, path, disk.create(path))
+            upload = Upload(user_id, name, path, disk.create(path), self._pace)
             try:
                 if upload.claim():
                     return upload
@@ -252,6 +292,77 @@ class Store:
                 upload.abort()
                 raise
             upload.abort()  # another start swept it between the two calls: a new one
+
+
+class _Folders:
+    """The users' folders that one commit works in, each opened once and made durable once."""
+
+    def __init__(self, find: Callable[[int, bool], disk.Folder]) -> None:
+        self._find = find
+        self._open: Dict[int, disk.Folder] = {}
+        self._synced: Dict[int, Optional[OSError]] = {}  # and how it ended
+
+    def __enter__(self) -> _Folders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for folder in self._open.values():
+            folder.close()
+
+    def get(self, user_id: int, create: bool = False) -> disk.Folder:
+        """The user's folder. Raises ``OSError``."""
+        if user_id not in self._open:
+            self._open[user_id] = self._find(user_id, create)
+        return self._open[user_id]
+
+    def sync(self, user_id: int) -> None:
+        """Makes durable what was done in the user's folder. Raises ``OSError``."""
+        self.sync_once(user_id, self._open[user_id].sync)
+
+    def sync_once(self, key: int, sync: Callable[[], None]) -> None:
+        """Syncs at the first call for this key, and ends all further ones as that has ended.
+
+        A second fsync(2) after one that failed may succeed without having written anything.
+        """
+        if key not in self._synced:
+            self._synced[key] = None
+            try:
+                sync()
+            except OSError as error:
+                self._synced[key] = error
+        failure = self._synced[key]
+        if failure is not None:
+            raise failure
+
+
+def _start_write_back(change: Change) -> None:
+    if isinstance(change, Upload):
+        change.start_write_back()
+
+
+def _settle(change: Change) -> None:
+    if isinstance(change, Upload):
+        change.settle()
+
+
+def _put_in_place(folder: disk.Folder, upload: Upload) -> None:
+    mode = folder.mode(upload.name)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise StoreFailed(
+            "what has this name in the user's folder is not a regular file; look at it",
+            escape(upload.name, keep=" "),
+        )
+    folder.take(upload.path, upload.name)
+
+
+def _remove(folders: _Folders, removal: Removal) -> None:
+    try:
+        folder = folders.get(removal.user_id)
+        if not stat.S_ISREG(folder.mode(removal.name) or 0):
+            raise _not_found(removal.user_id, removal.name)
+        folder.unlink(removal.name)
+    except FileNotFoundError:
+        raise _not_found(removal.user_id, removal.name) from None
 
 
 def _open_file(folder: disk.Folder, name: bytes) -> int:
@@ -263,18 +374,5 @@ def _open_file(folder: disk.Folder, name: bytes) -> int:
         raise
 
 
-def _lawful(name: bytes) -> bool:
-    try:
-        decode(name)
-    except InvalidName:
-        return False
-    return True
-
-
 def _not_found(user_id: int, name: bytes) -> NotFound:
     return NotFound(f"user {user_id} has no such file", escape(name, keep=" "))
-
-
-def _failed(what: str, path: bytes, error: Union[OSError, ValueError]) -> StoreFailed:
-    reason = (getattr(error, "strerror", None) or str(error)).lower()
-    return StoreFailed(f"{what}: {reason}; check this folder and its disk", show(os.fsdecode(path)))

@@ -19,8 +19,15 @@ from .errors import ConnectionFailed, Unreachable
 
 HAS_SENDFILE = hasattr(os, "sendfile")
 
+# Linux: what is sent so waits for what follows, and then leaves in one segment with it; and so
+# it waits for nothing at all when the next thing is the end (tcp(7), TCP_CORK).
+_MORE = getattr(socket, "MSG_MORE", 0)
+
 # What sendfile(2) says where it does not work for this kind of file or socket.
 _NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EOVERFLOW}
+
+# What it says when the disk is at fault, not the peer.
+_FILE_FAILED = {errno.EIO, errno.ESTALE, errno.EBADF, errno.EISDIR}
 
 _COPY_BYTES = 128 * 1024  # how much the stand-in for sendfile reads at once
 
@@ -28,12 +35,11 @@ _COPY_BYTES = 128 * 1024  # how much the stand-in for sendfile reads at once
 class Stream:
     """One socket, which it makes non-blocking and owns from then on."""
 
+    __slots__ = ("peer", "socket")
+
     def __init__(self, sock: socket.socket, peer: str) -> None:
         """``peer`` is the other end's name in messages."""
         sock.setblocking(False)
-        # Without it, a small answer can wait for 40 ms for the acknowledgement of the last one.
-        with suppress(OSError):  # not a TCP socket
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
         self.peer = peer
 
@@ -46,10 +52,13 @@ class Stream:
         except OSError as error:
             raise self._broken(error) from error
 
-    def send(self, data: Union[bytes, memoryview]) -> Optional[int]:
-        """Sends what fits; how many bytes, None for not now."""
+    def send(self, data: Union[bytes, memoryview], more: bool = False) -> Optional[int]:
+        """Sends what fits; how many bytes, None for not now.
+
+        ``more``: something follows at once, be it only the end.
+        """
         try:
-            return self.socket.send(data)
+            return self.socket.send(data, _MORE if more else 0)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -60,6 +69,7 @@ class Stream:
 
         How many bytes, 0 when the file ends before ``offset``, None for not now.
         ``sendfile(2)`` where it is to be had; otherwise by reading and sending.
+        Raises ``OSError`` when it is the file that cannot be read.
         """
         try:
             if HAS_SENDFILE:
@@ -72,7 +82,9 @@ class Stream:
             data = os.read(fd, min(count, _COPY_BYTES))
         except BlockingIOError:
             return None
-        except OSError as error:  # the file's or the socket's: the answer cannot go on either way
+        except OSError as error:
+            if error.errno in _FILE_FAILED:
+                raise
             raise self._broken(error) from error
         return self.send(data) if data else 0
 
@@ -90,6 +102,15 @@ class Stream:
         return ConnectionFailed(f"{self.peer}: the connection broke: {reason}; try again")
 
 
+def no_delay(sock: socket.socket) -> None:
+    """Lets small messages leave at once, for this socket and those that it accepts.
+
+    Without it, one can wait for 40 ms for the acknowledgement of the one before (tcp(7)).
+    """
+    with suppress(OSError):  # not a TCP socket
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def connect(family: int, address: Tuple[object, ...], peer: str) -> Stream:
     """A stream that is being connected; writable when that is settled, see ``settle``.
 
@@ -104,6 +125,7 @@ def connect(family: int, address: Tuple[object, ...], peer: str) -> Stream:
             raise ConnectionFailed(f"{reason}; do less at once: --parallel N") from error
         raise refused(peer, error) from error
     stream = Stream(sock, peer)
+    no_delay(sock)
     try:
         sock.connect(address)
     except BlockingIOError:

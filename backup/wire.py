@@ -90,14 +90,21 @@ def failure_status(op: int, error: BackupError) -> int:
     return error.status if op == Op.RETRIEVE else Status.FAILED
 
 
+def listing_size(count: int, name_bytes: int) -> int:
+    """The size in bytes of a LIST payload of ``count`` names that have so many bytes together."""
+    return SIZE.size + count * NAME_LENGTH.size + name_bytes
+
+
+def encode_names(names: Iterable[bytes]) -> bytes:
+    """Names as they stand in the payload of LIST: each behind its length."""
+    length = NAME_LENGTH.pack
+    return b"".join([length(len(name)) + name for name in names])
+
+
 def encode_listing(names: Iterable[bytes]) -> bytes:
-    """The payload of LIST: count, then each name behind its length, sorted by bytes."""
+    """The payload of LIST: count, then the names, sorted by bytes."""
     ordered = sorted(names)
-    parts = [SIZE.pack(len(ordered))]
-    for name in ordered:
-        parts.append(NAME_LENGTH.pack(len(name)))
-        parts.append(name)
-    return b"".join(parts)
+    return SIZE.pack(len(ordered)) + encode_names(ordered)
 
 
 def decode_listing(payload: bytes) -> List[str]:

@@ -105,7 +105,7 @@ def turns_until_a_child_ends(reactor: Reactor, pair: PairFactory) -> int:
 # What a turn does, and in which order.
 
 
-def test_a_turn_runs_calls_then_ready_sockets_then_deadlines_then_what_was_put_off(
+def test_a_turn_runs_ready_sockets_then_calls_then_deadlines_then_what_was_put_off(
     reactor: Reactor, pair: PairFactory
 ) -> None:
     done: List[str] = []
@@ -114,7 +114,7 @@ def test_a_turn_runs_calls_then_ready_sockets_then_deadlines_then_what_was_put_o
     reactor.watch(ready(pair), READ, lambda _: done.append("ready"))
     reactor.call(lambda: done.append("call"))
     reactor.turn()
-    assert done == ["call", "ready", "deadline", "put off"]
+    assert done == ["ready", "call", "deadline", "put off"]
 
 
 def test_a_callback_hears_what_its_socket_is_ready_for(reactor: Reactor, pair: PairFactory) -> None:
@@ -240,13 +240,34 @@ def test_a_socket_that_is_no_longer_watched_is_not_called_though_its_event_is_he
     assert called == [called[0]] * 2
 
 
-def test_a_call_can_unwatch_a_socket_that_is_ready(reactor: Reactor, pair: PairFactory) -> None:
-    sock = ready(pair)
-    heard: List[int] = []
-    reactor.watch(sock, READ, heard.append)
-    reactor.call(lambda: reactor.unwatch(sock))
+def test_what_is_put_off_to_the_next_turn_waits_for_it_and_it_for_nothing(
+    reactor: Reactor, pair: PairFactory
+) -> None:
+    done: List[str] = []
+
+    def put_off() -> None:
+        done.append("first")
+        reactor.next_turn(lambda: done.append("second"))
+
+    reactor.watch(pair()[0], READ, lambda _: done.append("ready"))  # it never is
+    reactor.next_turn(put_off)
     reactor.turn()
-    assert heard == []
+    assert done == ["first"]
+    reactor.turn()
+    assert done == ["first", "second"]
+
+
+def test_what_was_put_off_to_the_turns_end_runs_in_rounds(reactor: Reactor) -> None:
+    done: List[str] = []
+
+    def first(name: str) -> None:
+        done.append(f"{name}1")
+        reactor.at_turn_end(lambda: done.append(f"{name}2"))
+
+    reactor.at_turn_end(lambda: first("a"))
+    reactor.at_turn_end(lambda: first("b"))
+    reactor.turn()
+    assert done == ["a1", "b1", "a2", "b2"]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["another callback", "the same callback"])

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Tuple
 
@@ -23,8 +24,10 @@ from backup.errors import BackupError, ConnectionFailed, DeadlineMissed, StoreFa
 from backup.log import Line, Log
 from backup.protocol import Cut, Data, End, Excess, Head, Part, RequestReceiver, State
 from backup.session import Session
-from backup.storage import Store, Upload
+from backup.settings import Settings
+from backup.storage import Store
 from backup.stream import Stream
+from backup.upload import Upload
 from backup.wire import MAX_FILE_BYTES, Request
 from tests.helpers import file_payload, request, response
 
@@ -85,14 +88,16 @@ class Bench:
         return [line.text for line in self.lines]
 
     def session(self) -> Session:
-        return Session(self.store, self._log, PEER, lambda: self.seconds)
+        """A session for which only a file of up to four bytes is small."""
+        settings = replace(Settings(), small_bytes=4)
+        return Session(self.store, self._log, PEER, lambda: self.seconds, settings)
 
     def give(self, session: Session, parts: List[Part]) -> Optional[Outgoing]:
         """Gives the parts one by one, commits if asked to; the answer, if there is one."""
         answer: Optional[Outgoing] = None
         for part in parts:
             returned = session.take(part)
-            if returned is Later.AT_TURN_END:
+            if returned is Later.COMMIT:
                 returned = self.commit(session)
             if isinstance(returned, Outgoing):
                 assert answer is None, "answered twice"
@@ -186,7 +191,7 @@ def test_a_backup_takes_effect_when_it_is_committed_and_not_before(bench: Bench)
     session = bench.session()
     assert session.take(Head(Request(11, 1, BACKUP, b"a", 3))) is None
     assert session.take(Data(memoryview(b"xyz"))) is None
-    assert session.take(End()) is Later.AT_TURN_END
+    assert session.take(End()) is Later.COMMIT
     assert bench.content(b"a") == b"older"
     assert bench.commit(session).head == response(210, b"a")
     assert bench.content(b"a") == b"xyz"
@@ -239,7 +244,7 @@ def test_a_delete_takes_effect_when_it_is_committed_and_not_before(bench: Bench)
     bench.put(b"a", b"xyz")
     session = bench.session()
     assert session.take(Head(Request(11, 1, DELETE, b"a"))) is None
-    assert session.take(End()) is Later.AT_TURN_END
+    assert session.take(End()) is Later.COMMIT
     assert bench.content(b"a") == b"xyz"
     assert bench.commit(session).head == response(211, b"a")
     assert bench.content(b"a") is None
@@ -409,7 +414,7 @@ def test_bytes_that_come_before_the_commit_are_thrown_away(bench: Bench) -> None
     session = bench.session()
     session.take(Head(Request(11, 1, BACKUP, b"a", 3)))
     session.take(Data(memoryview(b"xyz")))
-    assert session.take(End()) is Later.AT_TURN_END
+    assert session.take(End()) is Later.COMMIT
     assert session.take(Excess(4)) is None
     assert bench.commit(session) == Outgoing(response(210, b"a"))
 
@@ -560,7 +565,7 @@ def test_a_file_that_somebody_shortens_breaks_the_connection(
     assert body is not None
     assert body.send(stream, 4) == 4
     os.truncate(bench.root / "11" / "a", 2)
-    with pytest.raises(ConnectionFailed, match="became shorter"):
+    with pytest.raises(StoreFailed, match="became shorter"):
         body.send(stream, 4)
     body.close()
 

@@ -25,7 +25,8 @@ import pytest
 from backup import disk
 from backup.errors import BackupError, InvalidName, NotFound, StoreFailed
 from backup.settings import Settings
-from backup.storage import Change, Removal, Store, Upload
+from backup.storage import Change, Removal, Store
+from backup.upload import Upload
 from tests.helpers import ROOT, WAIT_SECONDS
 
 USER = 11

@@ -16,7 +16,7 @@ import pytest
 
 from backup import stream as stream_module
 from backup.errors import ConnectionFailed, Unreachable
-from backup.stream import Stream, connect, settle
+from backup.stream import Stream, connect, no_delay, settle
 from tests.helpers import WAIT_SECONDS, read_all, reset
 
 Ends = Tuple[Stream, socket.socket]
@@ -95,10 +95,27 @@ def not_to_be_called(*_: object) -> int:
 # Receiving and sending.
 
 
-def test_it_is_non_blocking_and_does_not_hold_small_answers_back(ends: Ends) -> None:
-    stream, _ = ends
-    assert stream.socket.getblocking() is False
-    assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+def test_it_is_non_blocking(ends: Ends) -> None:
+    assert ends[0].socket.getblocking() is False
+
+
+def test_small_messages_are_not_held_back_on_either_end() -> None:
+    with socket.socket() as listener:
+        no_delay(listener)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client = connect(socket.AF_INET, listener.getsockname(), "server")
+        accepted, _ = listener.accept()
+        for sock in (client.socket, accepted):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+            sock.close()
+
+
+def test_what_more_follows_waits_for_leaves_with_it(ends: Ends) -> None:
+    stream, peer = ends
+    assert stream.send(b"abc", more=True) == 3
+    stream.end()
+    assert read_all(peer) == b"abc"
 
 
 def test_a_socket_that_is_not_tcp_will_do(local_ends: Ends) -> None:
@@ -274,25 +291,25 @@ def test_without_sendfile_it_holds_only_a_little_of_the_file_in_memory(
     assert asked == [128 * 1024]
 
 
-def test_a_file_that_cannot_be_read_ends_the_answer(
+def test_a_file_that_cannot_be_read_is_not_the_peers_fault(
     ends: Ends, file_of: FileOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, _ = ends
     fd = file_of(b"0123456789")
     monkeypatch.setattr(os, "read", not_to_be_called)
     monkeypatch.setattr(os, "sendfile", raising(errno.EIO))
-    with pytest.raises(ConnectionFailed, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         stream.send_file(fd, 0, 10)
 
 
-def test_a_file_that_cannot_be_read_without_sendfile_ends_the_answer(
+def test_a_file_that_cannot_be_read_without_sendfile_is_not_either(
     ends: Ends, file_of: FileOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, _ = ends
     fd = file_of(b"0123456789")
     monkeypatch.setattr(stream_module, "HAS_SENDFILE", False)
     monkeypatch.setattr(os, "read", raising(errno.EIO))
-    with pytest.raises(ConnectionFailed, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         stream.send_file(fd, 0, 10)
 
 
