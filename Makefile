@@ -5,7 +5,7 @@ VENV = .venv
 IN_VENV = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve client test tox lint load zipapp clean
+.PHONY: help demo serve client test tox lint load bench zipapp clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lint: $(VENV)/tox-ready ## run the linter and the type checker
 load: ## run 1000 clients against the server in server.info
 	@$(PYTHON) tools/load_test.py --clients 1000
 
+bench: $(VENV)/bench-ready ## measure against other servers, into docs; OPTIONS='--rounds 3' passes some on
+	@$(IN_VENV)/python tools/bench.py $(OPTIONS)
+
 zipapp: ## make dist/backup.pyz, the whole program in one file
 	@rm -rf build/zipapp dist/backup.pyz
 	@mkdir -p build/zipapp dist
@@ -40,7 +43,7 @@ zipapp: ## make dist/backup.pyz, the whole program in one file
 	@echo dist/backup.pyz
 
 clean: ## remove what was built; not the store, nor what was retrieved
-	@rm -rf $(VENV) .tox .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
+	@rm -rf $(VENV) .bench .tox .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml
@@ -50,4 +53,8 @@ $(VENV)/ready: pyproject.toml
 
 $(VENV)/tox-ready: $(VENV)/ready
 	@$(IN_VENV)/python -m pip install --quiet --disable-pip-version-check 'tox>=4'
+	@touch $@
+
+$(VENV)/bench-ready: $(VENV)/ready
+	@$(IN_VENV)/python -m pip install --quiet --disable-pip-version-check matplotlib pyftpdlib
 	@touch $@
