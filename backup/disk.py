@@ -43,6 +43,10 @@ HAS_FADVISE = hasattr(os, "posix_fadvise")
 _FULL_SYNC: Optional[int] = getattr(fcntl, "F_FULLFSYNC", None)
 _NO_FULL_SYNC = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL}
 
+# What fsync(2) says on file systems, over a network mostly, that cannot do it to a folder: what
+# they do about names is theirs alone.
+_NO_FOLDER_SYNC = {errno.EBADF, errno.EINVAL}
+
 # Without O_NONBLOCK, opening a pipe that lies in the folder would wait for its other end.
 _SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 _READ = os.O_RDONLY | _SAFELY
@@ -149,7 +153,7 @@ class DescriptorFolder(Folder):
         os.unlink(name, dir_fd=self._fd)
 
     def sync(self) -> None:
-        sync(self._fd)
+        sync_open_folder(self._fd)
 
     def entries(self) -> Entries:
         with os.scandir(self._fd) as entries:
@@ -213,9 +217,18 @@ def sync_folder(path: bytes) -> None:
         return  # Windows opens no folder for this; NTFS keeps a journal of its own
     fd = os.open(path, os.O_RDONLY)
     try:
-        sync(fd)
+        sync_open_folder(fd)
     finally:
         os.close(fd)
+
+
+def sync_open_folder(fd: int) -> None:
+    """The same for a folder that is open."""
+    try:
+        sync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def start_write_back(fd: int, offset: int, length: int) -> None:
@@ -225,7 +238,8 @@ def start_write_back(fd: int, offset: int, length: int) -> None:
     not written yet (mm/fadvise.c). It is advice: ``sync`` alone tells whether they were written.
     """
     if HAS_FADVISE:
-        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a kernel may have been built without it
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def create(path: bytes) -> int:

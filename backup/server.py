@@ -230,14 +230,20 @@ class Server(Owner):
 
     def _commit(self) -> None:
         """Makes changes take effect, with all others that are whole, and answers them."""
-        batch: List[Tuple[Connection, Session, Change]] = []
-        while self._to_commit and len(batch) < self._settings.commit_files:
-            connection = self._to_commit.popleft()
+        batch: List[Tuple[Connection, Session]] = []
+        changes: List[Change] = []
+        waiting = 0
+        while self._to_commit and len(changes) < self._settings.commit_files:
+            connection = self._to_commit[0]
             session = self._sessions.get(connection)
             if session is not None and session.change is not None:  # not closed meanwhile
-                batch.append((connection, session, session.change))
-        errors = self._store.commit([change for _, _, change in batch])
-        for (connection, session, _), error in zip(batch, errors):
+                waiting += session.change.waiting
+                if changes and waiting > self._store.piece:
+                    break
+                batch.append((connection, session))
+                changes.append(session.change)
+            self._to_commit.popleft()
+        for (connection, session), error in zip(batch, self._store.commit(changes)):
             connection.send(session.committed(error))
 
     def _step(self, connection: Connection) -> None:

@@ -70,6 +70,11 @@ class Removal(NamedTuple):
     user_id: int
     name: bytes
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that a commit has to wait for the disk to take."""
+        return 0
+
 
 Change = Union[Upload, Removal]
 
@@ -106,8 +111,10 @@ class Store:
             # Only here: a root that vanishes later may be a disk that is not mounted, and what
             # is written beneath its mount point would be lost to sight when it comes back.
             disk.make_folder(self._temporary, settings.fsync)
-            if settings.fsync:
-                disk.sync_folder(self._root)  # users' folders that a crash left unsynced
+            if settings.fsync:  # for what a crash left unsynced
+                disk.sync_folder(self._root)
+                with suppress(PermissionError):  # then it was not made by this account
+                    disk.sync_folder(os.path.dirname(self._root))
             self.sweep()
             # Finds out now, not at the first upload, that nothing can be written.
             self._new_upload(0, b"").abort()
@@ -157,6 +164,11 @@ class Store:
             if isinstance(change, Upload):
                 change.close() if failure is None else change.abort()
         return failures
+
+    @property
+    def piece(self) -> int:
+        """How many bytes a commit should have to wait for, at most, so that nobody waits long."""
+        return self._pace.bytes
 
     def open(self, user_id: int, name: bytes) -> Stored:
         """The stored file, open. Raises ``InvalidName``, ``NotFound`` or ``StoreFailed``."""

@@ -68,7 +68,12 @@ class Upload:
     @property
     def behind(self) -> bool:
         """Whether so much waits to be made durable that ``catch_up`` should come first."""
-        return self._written - self._synced >= self._pace.bytes and self._pace.durable
+        return self.waiting >= self._pace.bytes
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that a commit has to wait for the disk to take."""
+        return self._written - self._synced if self._pace.durable else 0
 
     def catch_up(self) -> None:
         """Makes durable what was written so far. Raises ``StoreFailed``, like ``write``."""
