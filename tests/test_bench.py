@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from backup.settings import MIB
+from backup.settings import MIB, Settings
 from tests.helpers import (
     ROOT,
     WAIT_SECONDS,
@@ -31,7 +31,7 @@ from tests.helpers import (
     request,
     response,
 )
-from tools import bench, load
+from tools import bench, load, tune
 from tools.load import CONTENT, Failed, Load, Wrong, file_name
 from tools.peers import launch
 from tools.peers.launch import Running
@@ -123,10 +123,9 @@ def test_the_bare_server_moves_bytes(tmp_path: Path) -> None:
         assert ask(running.address, request(7, LIST)) == response(212, b"", bytes(4))
 
 
-@pytest.mark.parametrize("fsync", [True, False])
-@pytest.mark.parametrize("batch", [None, 1])
-def test_our_server_is_started_in_each_way(tmp_path: Path, fsync: bool, batch: Any) -> None:
-    with launch.ours(tmp_path / "store", tmp_path / "log", fsync, batch) as running:
+@pytest.mark.parametrize("settings", [{}, {"fsync": False}, {"commit_files": 1, "fsync": False}])
+def test_our_server_is_started_in_each_way(tmp_path: Path, settings: Dict[str, float]) -> None:
+    with launch.ours(tmp_path / "store", tmp_path / "log", settings) as running:
         for example in examples():
             assert ask(running.address, example.request) == example.response, example.title
         assert running.memory("VmHWM") >= running.memory("VmRSS") > MIB
@@ -458,3 +457,27 @@ def test_a_server_is_ended_with_its_block(tmp_path: Path) -> None:
         assert ask(running.address, request(7, LIST))
     with pytest.raises(ProcessLookupError):
         os.kill(running.pid, 0)
+
+
+# The tunables.
+
+
+@pytest.mark.parametrize("name", sorted(tune.TRIALS))
+def test_every_trial_is_of_a_tunable_and_has_the_default_among_its_candidates(name: str) -> None:
+    assert getattr(Settings(), name) in tune.TRIALS[name].candidates
+
+
+def test_a_trial_prints_a_line_a_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "SECONDS", 0.05)
+    monkeypatch.setattr(tune, "LARGE", MIB)
+    tune.run("small_bytes", 1, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "small_bytes         0",
+        "small_bytes     65536",
+    ]
+    assert all("retrieve/s" in line for line in lines)
+    assert lines[1].endswith("(the default)")
+    assert not list(tmp_path.glob("tune-*"))

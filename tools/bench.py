@@ -98,8 +98,8 @@ TITLES = {
 
 START: Dict[str, Callable[[Path, Path], ContextManager[Running]]] = {
     "ours": launch.ours,
-    "ours --no-fsync": lambda root, log: launch.ours(root, log, fsync=False),
-    "ours, batch of one": lambda root, log: launch.ours(root, log, batch=1),
+    "ours --no-fsync": lambda root, log: launch.ours(root, log, {"fsync": False}),
+    "ours, batch of one": lambda root, log: launch.ours(root, log, {"commit_files": 1}),
     "threads": lambda root, log: launch.peer("threads", root, log),
     "asyncio": lambda root, log: launch.peer("streams", root, log),
     "bare": lambda root, log: launch.peer("bare", root, log),

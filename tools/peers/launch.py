@@ -18,7 +18,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 HERE = Path(__file__).resolve().parent.parent.parent
 START_SECONDS = 20.0
@@ -75,15 +75,14 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def ours(
-    root: Path, log: Path, fsync: bool = True, batch: Optional[int] = None
-) -> Iterator[Running]:
-    """This server: from its command line, unless ``batch`` asks for what that does not offer."""
-    if batch is None:
-        command = ["-m", "backup", "serve", "--listen", "127.0.0.1:0"]
-    else:
-        command = ["-m", "tools.peers.ours", "--batch", str(batch)]
-    more = [] if fsync else ["--no-fsync"]
+def ours(root: Path, log: Path, settings: Mapping[str, float] = {}) -> Iterator[Running]:
+    """This server: from its command line, unless these settings are what that does not offer."""
+    command = ["-m", "backup", "serve", "--listen", "127.0.0.1:0"]
+    more = [f"{name}={float(value)}" for name, value in settings.items()]
+    if settings == {"fsync": False}:
+        more = ["--no-fsync"]
+    elif settings:
+        command = ["-m", "tools.peers.ours"]
     with _started([sys.executable, *command, "--root", str(root), *more], log) as running:
         yield running
 
