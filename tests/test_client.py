@@ -39,7 +39,7 @@ from backup.errors import (
     TargetExists,
     Unreachable,
 )
-from backup.exchange import Backup, Delete, Job, Listing, Outcome, Retrieve
+from backup.exchange import Backup, Delete, Job, Listing, Outcome, Retrieve, RetrieveExchange
 from backup.settings import Settings
 from tests.conftest import ServerFactory
 from tests.helpers import WAIT_SECONDS, RunningServer, file_payload, reset, response
@@ -440,6 +440,45 @@ def test_a_file_that_changes_meanwhile_is_not_stored(
 
     with pytest.raises(FileChanged, match="changed while it was read; nothing is stored; retry"):
         client.backup(folder.source, progress=progress)
+    client.retrieve("a", folder.new)
+    assert folder.new.read_bytes() == b"to be sent"
+
+
+@pytest.fixture
+def little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves all but the last MiB of a file that is sent to sendfile(2)."""
+    monkeypatch.setattr("backup.files._COPIED_BYTES", MIB)
+
+
+@pytest.mark.usefixtures("little_is_copied")
+def test_a_file_of_which_most_is_sent_by_the_system_comes_back(
+    client: Client, folder: Folder
+) -> None:
+    content = os.urandom(MIB) * 5 + b"end"
+    folder.source.write_bytes(content)
+    assert client.backup(folder.source) == len(content)
+    assert client.retrieve("a", folder.new) == len(content)
+    assert folder.new.read_bytes() == content
+
+
+@pytest.mark.usefixtures("little_is_copied")
+@pytest.mark.parametrize("change", [grow, shrink, empty, rewrite])
+def test_a_file_that_changes_while_the_system_sends_it_is_not_stored(
+    client: Client, server: RunningServer, folder: Folder, change: Callable[[Path], None]
+) -> None:
+    client.backup(folder.source)
+    sparse(folder.source, 8 * MIB)
+    changes = [change]
+    sent: List[int] = []
+
+    def progress(_job: Job, done: int, _size: int) -> None:
+        sent.append(done)
+        while changes:
+            changes.pop()(folder.source)
+
+    with pytest.raises(FileChanged, match="changed while it was read; nothing is stored; retry"):
+        client.backup(folder.source, progress=progress)
+    assert sent[0] < 7 * MIB
     client.retrieve("a", folder.new)
     assert folder.new.read_bytes() == b"to be sent"
 
@@ -958,14 +997,30 @@ def test_an_interrupt_while_a_connection_is_closed_leaves_nothing_open(
     unregister = selectors.DefaultSelector.unregister
 
     def interrupted(selector: selectors.DefaultSelector, sock: socket.socket) -> None:
-        monkeypatch.undo()
         unregister(selector, sock)
-        raise KeyboardInterrupt
+        if threading.current_thread() is threading.main_thread():  # not the server's
+            monkeypatch.undo()
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(selectors.DefaultSelector, "unregister", interrupted)
     with Client(server.address, USER) as another, pytest.raises(KeyboardInterrupt):
         another.retrieve("a", folder.new)
     assert set(folder.content()) <= {"a", "old", "new"}
+
+
+def test_an_interrupt_while_what_was_received_takes_its_name_leaves_nothing_beside_it(
+    client: Client, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.backup(folder.source)
+    before = folder.content()
+
+    def interrupted(_: RetrieveExchange) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RetrieveExchange, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.retrieve("a", folder.new)
+    assert folder.content() == before
 
 
 def test_an_interrupted_run_leaves_nothing(

@@ -68,6 +68,7 @@ class Notes(Endpoint):
         self.kinds: List[str] = []
         self.payload = b""
         self.messages_sent = 0
+        self.heard_end: List[Optional[BackupError]] = []
         self.act: Callable[[], None] = lambda: None  # with each part
         self._replies = replies
 
@@ -85,6 +86,9 @@ class Notes(Endpoint):
 
     def sent(self) -> None:
         self.messages_sent += 1
+
+    def closed(self, error: Optional[BackupError]) -> None:
+        self.heard_end.append(error)
 
 
 class Spool(Body):
@@ -115,10 +119,11 @@ class Spool(Body):
 
 
 class CountingReactor(Reactor):
-    """Notes each interest it is asked to watch for."""
+    """Notes each interest it is asked to watch for, and what it watches no longer."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.interests: List[int] = []
+        self.dropped: List[socket.socket] = []
         super().__init__(clock)
         self.interests.clear()  # its own
 
@@ -126,15 +131,25 @@ class CountingReactor(Reactor):
         self.interests.append(interest)
         super().watch(sock, interest, callback)
 
+    def unwatch(self, sock: socket.socket) -> None:
+        self.dropped.append(sock)
+        super().unwatch(sock)
+
 
 class CountingStream(Stream):
-    """Counts the bytes that pass."""
+    """Counts the bytes that pass, and notes what it is told of those that follow."""
 
     received = 0
     sent = 0
     received_before_sending = 0
+    looks = 0  # how often it was asked for bytes
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        super().__init__(sock, peer)
+        self.told_of_more: List[bool] = []
 
     def receive(self, buffer: memoryview) -> Optional[int]:
+        self.looks += 1
         count = super().receive(buffer)
         self.received += count or 0
         return count
@@ -142,7 +157,8 @@ class CountingStream(Stream):
     def send(self, data: Union[bytes, memoryview], more: bool = False) -> Optional[int]:
         if not self.sent:
             self.received_before_sending = self.received
-        count = super().send(data)
+        self.told_of_more.append(more)
+        count = super().send(data, more)
         self.sent += count or 0
         return count
 
@@ -175,6 +191,7 @@ class House(Owner):
         self.use()
         self.connections: List[Traced] = []
         self.waiting: List[Connection] = []
+        self.waits_for: List[Later] = []
         self.ended: Dict[Connection, Optional[BackupError]] = {}
 
     def use(self, **settings: float) -> None:
@@ -241,6 +258,7 @@ class House(Owner):
 
     def put_off(self, connection: Connection, later: Later) -> None:
         self.waiting.append(connection)
+        self.waits_for.append(later)
 
     def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
         assert connection not in self.ended, "closed twice"
@@ -417,6 +435,57 @@ def test_a_client_that_has_not_closed_yet_is_watched_for_that_alone(house: House
     assert connection.phase is CLOSED
 
 
+def gone(theirs: socket.socket) -> None:
+    theirs.close()
+
+
+def reset_by_peer(theirs: socket.socket) -> None:
+    reset(theirs)
+
+
+def gone_with_more_behind(theirs: socket.socket) -> None:
+    theirs.sendall(b"more")
+    theirs.close()
+
+
+@pytest.mark.parametrize("leave", [gone, reset_by_peer, gone_with_more_behind])
+def test_a_client_that_is_gone_one_turn_later_was_never_watched(
+    leave: Callable[[socket.socket], None], house: House
+) -> None:
+    ours, theirs = house.tcp_pair()
+    theirs.sendall(REQUEST)
+    select.select([ours], [], [], WAIT_SECONDS)
+    connection = house.serve(ours, Notes(End=stored()))
+    assert connection.phase is LINGERING
+    leave(theirs)
+    select.select([ours], [], [], WAIT_SECONDS)
+    house.turn()
+    assert connection.phase is CLOSED
+    assert house.error() is None
+    assert house.reactor.interests == []
+
+
+def test_a_connection_that_is_closed_before_the_look_one_turn_later_is_not_looked_at(
+    house: House,
+) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    connection = house.serve(ours, Notes(End=stored()))
+    looks = stream_of(connection).looks
+    connection.close()
+    house.turn()
+    assert stream_of(connection).looks == looks
+    assert house.error() is None
+
+
+def test_the_turn_after_the_answer_does_not_wait(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    house.serve(ours, Notes(End=stored()))
+    house.reactor.turn()  # nothing is ready; an alarm ends a test that waits
+    assert house.reactor.interests == [READ]
+
+
 def test_a_request_that_comes_bit_by_bit_is_watched_for_once(house: House) -> None:
     ours, theirs = house.pair()
     house.serve(ours, Notes(End=stored()))
@@ -463,6 +532,131 @@ def test_the_client_listens_while_it_sends(house: House) -> None:
     house.ask(ours, Notes(), backup(Spool(bytes(1 << 20))))
     house.turn()
     assert house.reactor.interests == [WRITE, READ | WRITE]
+
+
+# One kind of work after the other.
+
+
+def test_what_is_less_than_was_asked_for_is_all_there_is_for_now(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST[:-1])
+    stream = stream_of(house.serve(ours, Notes(End=stored())))
+    assert stream.looks == 1
+    theirs.sendall(REQUEST[-1:])
+    house.turn()
+    assert stream.looks == 2
+    assert arrived(theirs) == STORED
+
+
+@pytest.mark.parametrize(("size", "looks"), [(1023, 1), (1024, 2), (1025, 2), (3000, 3)])
+def test_what_fills_the_buffer_may_have_more_behind_it(size: int, looks: int, house: House) -> None:
+    house.use(scratch_bytes=1024)
+    ours, theirs = house.pair()
+    theirs.sendall(request(11, 100, NAME, b"", size=10_000).ljust(size, b"x"))
+    stream = stream_of(house.serve(ours, Notes()))
+    assert (stream.looks, stream.received) == (looks, size)
+
+
+def test_the_client_looks_once_for_an_answer_and_its_end_comes_in_another_turn(
+    house: House,
+) -> None:
+    ours, theirs = house.pair()
+    connection = house.ask(ours, Notes(), Outgoing(REQUEST))
+    house.turn()
+    theirs.sendall(STORED)
+    theirs.close()
+    house.turn()
+    assert connection.phase is LINGERING
+    assert stream_of(connection).looks == 1
+    house.turn()
+    assert connection.phase is CLOSED
+    assert house.error() is None
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """What streams do, in order, each time they do something."""
+    done: List[str] = []
+    receive, send = CountingStream.receive, CountingStream.send
+
+    def receiving(stream: CountingStream, buffer: memoryview) -> Optional[int]:
+        count = receive(stream, buffer)
+        done.extend(["receive"] * (count is not None))
+        return count
+
+    def sending(
+        stream: CountingStream, data: Union[bytes, memoryview], more: bool = False
+    ) -> Optional[int]:
+        done.append("send")
+        return send(stream, data, more)
+
+    monkeypatch.setattr(CountingStream, "receive", receiving)
+    monkeypatch.setattr(CountingStream, "send", sending)
+    return done
+
+
+def test_all_requests_of_a_turn_are_received_before_any_answer_leaves(
+    work: List[str], house: House
+) -> None:
+    for _ in range(3):
+        ours, theirs = house.pair()
+        theirs.sendall(REQUEST)
+        connection = house.answering(ours, Notes(End=stored()))
+        house.reactor.call(connection.start)
+    house.reactor.turn()
+    assert work == ["receive"] * 3 + ["send"] * 3
+
+
+def test_an_answer_leaves_in_the_turn_of_its_request_when_others_have_been_served(
+    house: House,
+) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    connection = house.answering(ours, Notes(End=stored()))
+    served: List[bytes] = []
+    house.reactor.call(connection.start)
+    house.reactor.call(lambda: served.append(arrived(theirs)))
+    house.reactor.turn()
+    assert served == [b""]
+    assert arrived(theirs) == STORED
+
+
+def test_an_answer_whose_connection_is_closed_before_the_turn_ends_does_not_leave(
+    house: House,
+) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    body = Spool(b"xyz")
+    endpoint = Notes(End=retrieved(body))
+    connection = house.answering(ours, endpoint)
+    house.reactor.call(connection.start)
+    house.reactor.call(connection.close)
+    house.reactor.turn()
+    assert read_all(theirs) == b""
+    assert (body.closed, endpoint.messages_sent) == (1, 0)
+    assert house.error() is None
+
+
+@pytest.mark.parametrize(("size", "told"), [(None, [True]), (3, [True, False])])
+def test_the_system_is_told_that_the_end_or_the_body_follows_the_answers_fields(
+    size: Optional[int], told: List[bool], house: House
+) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    answer = stored() if size is None else in_the_body(size)
+    stream = stream_of(house.serve(ours, Notes(End=answer)))
+    assert stream.told_of_more == told
+
+
+@pytest.mark.parametrize(("size", "told"), [(None, [False]), (3, [True, False])])
+def test_the_system_is_told_that_a_body_follows_the_requests_fields_and_nothing_else(
+    size: Optional[int], told: List[bool], house: House
+) -> None:
+    ours, _theirs = house.pair()
+    outgoing = Outgoing(REQUEST) if size is None else backup(Spool(bytes(size)))
+    connection = house.ask(ours, Notes(), outgoing)
+    house.turn()
+    assert stream_of(connection).told_of_more == told
 
 
 # No more than turn_bytes in a turn.
@@ -940,7 +1134,191 @@ def test_several_answers_can_be_put_off_in_one_turn(house: House) -> None:
     assert set(house.ended.values()) == {None}
 
 
+# Work that is put off to another turn.
+
+FIELDS = request(11, 100, NAME, b"", size=100)
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["at once", "watched"])
+def test_while_it_waits_nothing_is_received_and_then_it_goes_on(
+    watched: bool, house: House
+) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes(Data=Later.STEP, End=stored())
+    if watched:
+        connection = house.serve(ours, endpoint)
+        theirs.sendall(FIELDS + b"x" * 40)
+        house.turn()
+    else:
+        theirs.sendall(FIELDS + b"x" * 40)
+        connection = house.serve(ours, endpoint)
+    stream = stream_of(connection)
+    assert house.waiting == [connection]
+    assert house.waits_for == [Later.STEP]
+    assert endpoint.payload == b"x" * 40
+    assert house.reactor.dropped == [ours] * watched
+    looks, interests = stream.looks, [*house.reactor.interests]
+    theirs.sendall(b"x" * 60)
+    for _ in range(3):
+        house.turn()
+    assert stream.looks == looks
+    connection.start()  # as a server that is told to stop does
+    assert stream.looks == looks
+    connection.resume()
+    assert stream.looks == looks  # not before its turn
+    assert house.reactor.interests == [*interests, READ]
+    house.turn()
+    assert endpoint.payload == b"x" * 100
+    assert arrived(theirs) == STORED
+
+
+def test_what_came_with_the_part_that_put_off_is_taken_with_it(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST + b"more")
+    endpoint = Notes(Head=Later.STEP)
+    connection = house.serve(ours, endpoint)
+    assert endpoint.kinds == ["Head", "Data", "End", "Excess"]
+    assert house.waiting == [connection]
+    connection.send(stored())
+    assert arrived(theirs) == STORED
+
+
+def test_a_connection_that_waits_reads_no_more_of_what_is_there(house: House) -> None:
+    house.use(scratch_bytes=1024)
+    ours, theirs = house.pair()
+    theirs.sendall(request(11, 100, NAME, bytes(50_000)))
+    stream = stream_of(house.serve(ours, Notes(Data=Later.STEP)))
+    assert stream.received == 1024
+
+
+def test_it_may_put_off_again_and_again(house: House) -> None:
+    house.use(scratch_bytes=1024)
+    ours, theirs = house.pair()
+    theirs.sendall(request(11, 100, NAME, bytes(10_000)))
+
+    class Slow(Notes):
+        def take(self, part: Part) -> Union[Outgoing, Later, None]:
+            super().take(part)
+            if isinstance(part, Data):
+                return Later.STEP
+            return stored() if isinstance(part, End) else None
+
+    endpoint = Slow()
+    connection = house.serve(ours, endpoint)
+    for turn in range(1, 10):
+        assert len(house.waiting) == turn
+        connection.resume()
+        house.turn()
+    assert endpoint.payload == bytes(10_000)
+    assert arrived(theirs) == STORED
+
+
+@pytest.mark.parametrize("seconds", [5, 10, 59, 1000])
+def test_while_it_waits_it_misses_no_deadline_and_then_the_peer_has_its_time(
+    seconds: float, house: House
+) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(FIELDS + b"x")
+    connection = house.serve(ours, Notes(Data=Later.STEP))
+    house.after(seconds)
+    house.turn()
+    assert connection.phase is EXCHANGING
+    connection.resume()
+    house.after(59.9)
+    assert connection.phase is EXCHANGING
+    house.after(0.1)
+    assert str(house.error()) == "client was silent for 60 s; try again"
+
+
+def test_a_deadline_that_began_before_it_waits_is_not_missed_then(house: House) -> None:
+    ours, theirs = house.pair()
+    connection = house.serve(ours, Notes(Data=Later.STEP))
+    theirs.sendall(FIELDS)
+    house.turn()
+    theirs.sendall(b"x")
+    house.turn()
+    house.after(1000)
+    house.after(1000)
+    assert connection.phase is EXCHANGING
+    connection.resume()
+    theirs.sendall(b"x")
+    house.after(60)
+    assert connection.phase is EXCHANGING  # a byte came in time
+    house.after(60)
+    assert isinstance(house.error(), DeadlineMissed)
+
+
+@pytest.mark.parametrize("later", [*Later])
+def test_an_answer_that_comes_late_is_in_time(later: Later, house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    connection = house.serve(ours, Notes(Head=later))
+    house.after(1000)
+    connection.send(retrieved(Spool(bytes(10 << 20))))
+    house.after(59.9)
+    assert connection.phase is EXCHANGING
+    house.after(0.1)
+    assert isinstance(house.error(), DeadlineMissed)
+
+
+def test_a_peer_that_ends_while_it_waits_is_heard_of_afterwards(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(FIELDS + b"x")
+    endpoint = Notes(Data=Later.STEP, Cut=stored())
+    connection = house.serve(ours, endpoint)
+    theirs.shutdown(socket.SHUT_WR)
+    house.turn()
+    assert endpoint.kinds == ["Head", "Data"]
+    connection.resume()
+    house.turn()
+    assert endpoint.kinds == ["Head", "Data", "Cut"]
+    assert read_all(theirs) == STORED
+
+
+def test_a_connection_that_waits_may_be_closed(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(FIELDS + b"x")
+    connection = house.serve(ours, Notes(Data=Later.STEP))
+    connection.close()
+    house.turn()
+    assert read_all(theirs) == b""
+    assert house.error() is None
+
+
 # Closing, and what is an error.
+
+
+def test_the_endpoint_hears_of_the_end_before_the_owner(house: House) -> None:
+    class Asking(Notes):
+        def closed(self, error: Optional[BackupError]) -> None:
+            super().closed(error)
+            assert not house.ended
+
+    ours, _theirs = house.pair()
+    endpoint = Asking()
+    error = ConnectionFailed("cancelled")
+    house.serve(ours, endpoint).close(error)
+    assert endpoint.heard_end == [error]
+    assert house.error() is error
+
+
+def test_an_interrupt_while_it_closes_leaves_nothing_open_and_all_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes()
+    connection = house.serve(ours, endpoint)
+
+    def interrupted(_: socket.socket) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(house.reactor, "unwatch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connection.close()
+    assert theirs.recv(1) == b""
+    assert endpoint.heard_end == [None]
+    assert house.error() is None
 
 
 def test_closing_says_why_once(house: House) -> None:

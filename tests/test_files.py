@@ -19,7 +19,9 @@ from typing import Callable, Iterator, List, Optional, Tuple
 
 import pytest
 
-from backup.errors import FileChanged, LocalFileError, TargetExists, TooLarge
+from backup import files as files_module
+from backup import stream as stream_module
+from backup.errors import ConnectionFailed, FileChanged, LocalFileError, TargetExists, TooLarge
 from backup.files import Source, Target
 from backup.stream import Stream
 from backup.wire import MAX_FILE_BYTES
@@ -54,6 +56,9 @@ class Line:
             if count is None:
                 return sent
             sent += count
+
+    def hang_up(self) -> None:
+        self._far_end.close()
 
     def drain(self, count: int) -> None:
         """Throws away so many bytes of what is there."""
@@ -242,6 +247,154 @@ def test_a_change_after_the_last_bytes_were_read_does_not_reach_them(
     line.drain(filled)
     send_all(sent, line)
     assert line.received() == content
+
+
+# Source: a file of which all but the last bytes is sent by sendfile(2).
+
+
+@pytest.fixture
+def sent_by_system(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[int, int]]:
+    """Makes the last 1000 bytes those that are copied; where sendfile(2) was asked for, and what.
+
+    Of each call, the offset, and how many bytes it may send.
+    """
+    calls: List[Tuple[int, int]] = []
+    sendfile = os.sendfile
+
+    def note(out: int, fd: int, offset: int, count: int) -> int:
+        calls.append((offset, count))
+        return sendfile(out, fd, offset, count)
+
+    monkeypatch.setattr(files_module, "_COPIED_BYTES", 1000)
+    monkeypatch.setattr(os, "sendfile", note)
+    return calls
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 1999, 2000, 2001, 10_000])
+@pytest.mark.parametrize("limit", [300, 1 << 20])
+def test_all_but_the_last_bytes_are_sent_by_the_system_and_these_are_copied(
+    size: int,
+    limit: int,
+    tmp_path: Path,
+    line: Line,
+    source: Sources,
+    sent_by_system: List[Tuple[int, int]],
+) -> None:
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    sent = source(tmp_path / "file")
+    send_all(sent, line, limit)
+    assert line.received() == content
+    uncopied = max(0, size - 1000)
+    expected = [(at, min(limit, uncopied - at)) for at in range(0, uncopied, limit)]
+    assert sent_by_system == expected
+
+
+@pytest.mark.parametrize("size", [1000, 1001, 5000])
+def test_without_sendfile_it_is_read_and_sent(
+    size: int,
+    tmp_path: Path,
+    line: Line,
+    source: Sources,
+    sent_by_system: List[Tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "HAS_SENDFILE", False)
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    send_all(source(tmp_path / "file"), line)
+    assert line.received() == content
+    assert sent_by_system == []
+
+
+def test_progress_is_reported_of_both_parts(
+    tmp_path: Path, line: Line, source: Sources, sent_by_system: List[Tuple[int, int]]
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(2500))
+    reports: List[Tuple[int, int]] = []
+    send_all(source(tmp_path / "file", lambda *report: reports.append(report)), line, 1000)
+    assert reports == [(1000, 2500), (1500, 2500), (2500, 2500)]
+
+
+def test_a_peer_that_is_slow_while_the_system_sends_loses_nothing(
+    tmp_path: Path, line: Line, source: Sources, sent_by_system: List[Tuple[int, int]]
+) -> None:
+    content = os.urandom(3000)
+    (tmp_path / "file").write_bytes(content)
+    reports: List[Tuple[int, int]] = []
+    sent = source(tmp_path / "file", lambda *report: reports.append(report))
+    filled = line.fill()
+    assert sent.send(line.stream, 1 << 20) is None
+    assert (sent.remaining, reports) == (3000, [])
+    line.drain(filled)
+    send_all(sent, line)
+    assert line.received() == content
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("after", [0, 1000, 2000, 2500], ids="after {} bytes".format)
+def test_the_copied_bytes_of_a_file_that_changed_in_either_part_are_never_sent(
+    after: int,
+    change: Callable[[Path], None],
+    tmp_path: Path,
+    line: Line,
+    source: Sources,
+    sent_by_system: List[Tuple[int, int]],
+) -> None:
+    path = old_file(tmp_path / "file", os.urandom(3000))
+    sent = source(path)
+    while sent.size - sent.remaining < after:
+        sent.send(line.stream, 500)
+    change(path)
+    with pytest.raises(FileChanged) as caught:
+        send_all(sent, line, 500)
+    assert str(caught.value) == (f"{path} changed while it was read; nothing is stored; retry")
+    assert len(line.received()) == max(after, min(2000, path.stat().st_size))
+
+
+@pytest.mark.parametrize("size", [0, 1200])
+def test_a_file_that_shrinks_while_the_system_sends_it_has_changed(
+    size: int, tmp_path: Path, line: Line, source: Sources, sent_by_system: List[Tuple[int, int]]
+) -> None:
+    path = old_file(tmp_path / "file", bytes(3000))
+    sent = source(path)
+    assert sent.send(line.stream, 1500) == 1500
+    os.truncate(path, size)
+    with pytest.raises(FileChanged):
+        sent.send(line.stream, 1500)
+    assert sent.remaining == 1500
+
+
+def test_a_disk_that_fails_while_the_system_sends_is_the_files_fault_not_the_peers(
+    tmp_path: Path,
+    line: Line,
+    source: Sources,
+    sent_by_system: List[Tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(3000))
+    sent = source(tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sendfile", raising(errno.EIO))
+        with pytest.raises(LocalFileError) as caught:
+            sent.send(line.stream, 100)
+    assert str(caught.value) == (f"cannot read {tmp_path}/file: input/output error; check the path")
+    assert not isinstance(caught.value, FileChanged)
+    assert line.received() == b""
+
+
+def test_a_peer_that_is_gone_while_the_system_sends_is_the_peers_fault(
+    tmp_path: Path, line: Line, source: Sources, sent_by_system: List[Tuple[int, int]]
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(3000))
+    sent = source(tmp_path / "file")
+    line.hang_up()
+    with pytest.raises(ConnectionFailed, match="peer: the connection broke"):
+        sent.send(line.stream, 100)
+
+
+def test_more_is_copied_than_both_ends_sockets_hold() -> None:
+    assert files_module._COPIED_BYTES >= 2 * (16 << 20)
 
 
 # Source: what cannot be read.

@@ -6,12 +6,13 @@ import os
 import random
 import unicodedata
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List, Optional
 
 import pytest
 
+from backup import names
 from backup.errors import InvalidName
-from backup.names import MAX_NAME_BYTES, decode, encode, escape, of_path, show
+from backup.names import MAX_NAME_BYTES, decode, encode, escape, lawful, of_path, show
 
 LAWFUL = [
     "a",
@@ -181,6 +182,60 @@ def test_whatever_the_bytes_the_rule_decides_and_lawful_names_come_back() -> Non
             with pytest.raises(InvalidName):
                 decode(raw, windows=False)
     assert 500 < lawful < 3500  # both kinds were among them
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], []),
+        (["a"], [b"a"]),
+        (["b", "a", "two words", ".hidden", "~", "-rf"], None),  # all, in their order
+        (["a", "é", "b"], None),
+        (["a", "a\\b", "b"], [b"a", b"b"]),
+        (["a", "new\nline"], [b"a"]),
+        (["\x7f", "a"], [b"a"]),
+        (["\x9b31m", "a", "\xa0"], [b"a", "\xa0".encode()]),
+        (["\udcff", "a", "\udcc3\udca9"], [b"a", "é".encode()]),  # bytes that are no UTF-8 here
+        (["\udcff"], []),
+        (["\\"], []),
+        ([os.fsdecode(b"n" * 255), "a"], None),
+    ],
+)
+def test_of_a_folders_entries_those_with_a_lawful_name_are_left(
+    found: List[str], expected: Optional[List[bytes]]
+) -> None:
+    assert lawful(found) == ([name.encode() for name in found] if expected is None else expected)
+
+
+def test_whatever_the_entries_what_is_left_is_what_the_rule_leaves() -> None:
+    chance = random.Random(20240301)
+    possible = [raw for raw in random_names(2000) if raw and b"/" not in raw and b"\0" not in raw]
+    possible = [raw for raw in possible if len(raw) <= 255 and raw not in (b".", b"..")]
+    plain = [raw for raw in possible if raw.isascii() and raw.decode().isprintable()]
+    for _ in range(300):
+        raws = chance.sample(chance.choice([possible, plain]), 5)
+        expected = [raw for raw in raws if is_lawful(raw)]
+        assert lawful([os.fsdecode(raw) for raw in raws]) == expected
+
+
+class Windows:
+    """The module ``os`` as it is there, as far as its name goes."""
+
+    name = "nt"
+    fsencode = staticmethod(os.fsencode)
+
+
+def test_where_names_are_reserved_each_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: List[bytes] = []
+
+    def look(raw: bytes) -> bool:
+        looked_at.append(raw)
+        return raw != b"con"
+
+    monkeypatch.setattr(names, "os", Windows())
+    monkeypatch.setattr(names, "_is_lawful", look)
+    assert lawful(["a", "con", "b"]) == [b"a", b"b"]
+    assert looked_at == [b"a", b"con", b"b"]
 
 
 @pytest.mark.parametrize("name", [chr(0xD800), "a\udfff", "\udcff", "\udc80\ud800"])

@@ -17,17 +17,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import Queue
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
+from backup.connection import Connection, Later, Outgoing
 from backup.errors import BackupError, ListenFailed, StoreFailed, Unreachable
 from backup.log import Line, Log
-from backup.server import Server
+from backup.protocol import Part
+from backup.reactor import Reactor
+from backup.server import Server, _room_for_connections, raise_descriptor_limit
+from backup.session import Session
 from backup.settings import Settings
+from backup.storage import Change, Store
+from backup.stream import Stream
 from tests.conftest import ServerFactory
 from tests.helpers import (
     ROOT,
@@ -320,7 +327,375 @@ def test_two_servers_share_one_root(serve: ServerFactory) -> None:
     assert ask(one.address, request(11, RETRIEVE, b"a")) == response(1003, b"a")
 
 
+# What is put off to a turn's end, and what is left for the next.
+
+
+class Diary:
+    """What the server does, in order, each turn in a list of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.turns: List[List[str]] = [[]]
+        self.before_commit: Callable[[Sequence[Change]], None] = lambda _: None
+        self.before_step: Callable[[Session], None] = lambda _: None
+        self._patch = monkeypatch
+        turn, commit, step, send = Reactor.turn, Store.commit, Session.step, Stream.send
+
+        def turning(reactor: Reactor) -> None:
+            self.turns.append([])
+            turn(reactor)
+
+        def committing(store: Store, changes: Sequence[Change]) -> List[Optional[BackupError]]:
+            if changes:
+                self.note(f"commit {len(changes)}")
+                self.before_commit(changes)
+            return commit(store, changes)
+
+        def stepping(session: Session) -> Union[Outgoing, Later, None]:
+            self.note("step")
+            self.before_step(session)
+            return step(session)
+
+        def sending(
+            stream: Stream, data: Union[bytes, memoryview], more: bool = False
+        ) -> Optional[int]:
+            self.note("send")
+            return send(stream, data, more)
+
+        monkeypatch.setattr(Reactor, "turn", turning)
+        monkeypatch.setattr(Store, "commit", committing)
+        monkeypatch.setattr(Session, "step", stepping)
+        monkeypatch.setattr(Stream, "send", sending)
+
+    def note(self, what: str) -> None:
+        self.turns[-1].append(what)
+
+    def of(self, *kinds: str) -> List[List[str]]:
+        """What was done of these kinds, turn by turn; turns without any are left out."""
+        turns = [[what for what in turn if what.startswith(kinds)] for turn in self.turns]
+        return [turn for turn in turns if turn]
+
+
+@pytest.fixture
+def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
+    return Diary(monkeypatch)
+
+
+def uploads(count: int) -> List[bytes]:
+    return [request(11, BACKUP, b"%d" % number, b"xyz") for number in range(count)]
+
+
+def fill(root: Path, count: int, user_id: int = 11) -> bytes:
+    """Makes so many files of a user; the answer to a LIST of them."""
+    folder = root / str(user_id)
+    folder.mkdir(parents=True)
+    names = [b"%02d" % number for number in range(count)]
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(b"xyz")
+    payload = bytes([count, 0, 0, 0]) + b"".join(b"\2\0" + name for name in names)
+    return response(212, b"", payload)
+
+
+def test_more_changes_than_are_committed_at_once_wait_for_the_next_turns(
+    tmp_path: Path, diary: Diary
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(commit_files=2))
+    answers = ask_in_one_turn(server, uploads(5))
+    assert answers == [response(210, b"%d" % number) for number in range(5)]
+    assert diary.of("commit") == [["commit 2"], ["commit 2"], ["commit 1"]]
+    assert sorted(os.listdir(tmp_path / "11")) == ["0", "1", "2", "3", "4"]
+
+
+def test_changes_that_fit_into_one_commit_are_committed_in_one(
+    tmp_path: Path, diary: Diary
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(commit_files=5))
+    ask_in_one_turn(server, uploads(5))
+    assert diary.of("commit") == [["commit 5"]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "commits"),
+    [
+        ([50, 50], ["commit 2"]),
+        ([50, 51], ["commit 1", "commit 1"]),
+        ([40, 40, 40, 40, 40], ["commit 2", "commit 2", "commit 1"]),
+        ([500, 1, 500], ["commit 1", "commit 1", "commit 1"]),  # at least one
+        ([0, 90, 0, 0, 11, 0], ["commit 4", "commit 2"]),  # a removal has no bytes
+    ],
+)
+def test_changes_that_are_many_bytes_together_are_committed_in_several_turns(
+    tmp_path: Path,
+    diary: Diary,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: List[int],
+    commits: List[str],
+) -> None:
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 100)
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    requests = [
+        request(11, BACKUP, b"a", bytes(size)) if size else request(11, DELETE, b"b")
+        for size in sizes
+    ]
+    answers = ask_in_one_turn(server, requests)
+    assert answers == [response(210, b"a") if size else response(1002, b"b") for size in sizes]
+    assert diary.of("commit") == [[commit] for commit in commits]
+
+
+def test_where_nothing_waits_for_the_disk_bytes_do_not_bound_a_commit(
+    tmp_path: Path, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 1)
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(fsync=False))
+    ask_in_one_turn(server, uploads(5))
+    assert diary.of("commit") == [["commit 5"]]
+
+
+@pytest.mark.parametrize("first", ["BACKUP", "RETRIEVE"])
+def test_answers_that_are_ready_leave_before_the_turns_commit(
+    tmp_path: Path, diary: Diary, first: str
+) -> None:
+    fill(tmp_path, 1)
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    requests = [request(11, RETRIEVE, b"00"), *uploads(1), request(11, RETRIEVE, b"00")]
+    ask_in_one_turn(server, requests[first == "BACKUP" :])
+    ready = 1 if first == "BACKUP" else 2
+    assert diary.of("send", "commit") == [["send"] * ready + ["commit 1", "send"]]
+
+
+def test_answers_that_are_ready_leave_before_the_turns_steps(tmp_path: Path, diary: Diary) -> None:
+    fill(tmp_path, 3)
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(listing_names=3))
+    ask_in_one_turn(server, [request(11, LIST), request(11, RETRIEVE, b"00")])
+    assert diary.of("send", "step")[0][:2] == ["send", "step"]
+
+
+def slow_steps(server: Server, diary: Diary, seconds: float) -> None:
+    """Makes each step take so long, by the server's clock."""
+    taken = [0.0]
+
+    def work(_: Session) -> None:
+        taken[0] += seconds
+
+    diary.before_step = work
+    began = time.monotonic()
+    server._reactor.now = lambda: began + taken[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [
+        (0.0, [22]),  # two listings, of which each takes five steps more to read and six to sort
+        (0.1875, [2] * 11),
+        (0.25, [1] * 22),
+        (1.0, [1] * 22),
+    ],
+)
+def test_pieces_of_work_fill_a_turn_only_so_far(
+    tmp_path: Path, diary: Diary, seconds: float, steps: List[int]
+) -> None:
+    expected = [fill(tmp_path, 10, user_id) for user_id in (11, 12)]
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(listing_names=2, turn_seconds=0.25))
+    slow_steps(server, diary, seconds)
+    requests = [request(user_id, LIST) for user_id in (11, 12)]
+    assert ask_in_one_turn(server, requests) == expected
+    assert [len(turn) for turn in diary.of("step")] == steps
+
+
+def test_those_whose_work_was_put_off_take_turns(tmp_path: Path, diary: Diary) -> None:
+    users = (11, 12, 13)
+    expected = [fill(tmp_path, 10, user_id) for user_id in users]
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(listing_names=2))
+    seen: List[Session] = []
+    diary.before_step = seen.append
+    assert ask_in_one_turn(server, [request(user_id, LIST) for user_id in users]) == expected
+    one, two, three = seen[:3]
+    assert len({id(one), id(two), id(three)}) == 3
+    assert seen == [one, two, three] * (len(seen) // 3)
+
+
+def test_while_a_listing_is_read_others_are_served(tmp_path: Path, diary: Diary) -> None:
+    expected = fill(tmp_path, 30)
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(listing_names=2))
+    slow_steps(server, diary, 0.1)
+    work = diary.before_step
+    with connect(server.address) as sock, connect(server.address) as other:
+        waiting = [request(12, BACKUP, b"a", b"xyz"), b""]
+
+        def ask_meanwhile(session: Session) -> None:
+            work(session)
+            if waiting:
+                other.sendall(waiting.pop())  # not at the first step, when it may not be accepted
+
+        diary.before_step = ask_meanwhile
+        sock.sendall(request(11, LIST))
+        with serving(server):
+            assert read_all(other) == response(210, b"a")
+            assert read_all(sock) == expected
+    done = [what for turn in diary.turns for what in turn]
+    answered = done.index("send")
+    assert 2 <= done[:answered].count("step") <= 4
+    assert done[answered:].count("step") > 20
+
+
+def close_of(server: Server, session: Session) -> None:
+    """Closes the connection of a session, as if it had broken."""
+    (connection,) = [one for one, of in server._sessions.items() if of is session]
+    connection.close()
+
+
+def test_an_upload_whose_connection_is_closed_while_it_waits_is_forgotten(
+    tmp_path: Path, diary: Diary
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(commit_files=1))
+
+    def close_the_others(changes: Sequence[Change]) -> None:
+        for session in list(server._sessions.values()):
+            if session.change is not None and session.change is not changes[0]:
+                close_of(server, session)
+
+    diary.before_commit = close_the_others
+    assert ask_in_one_turn(server, uploads(3)) == [response(210, b"0"), b"", b""]
+    assert diary.of("commit") == [["commit 1"]]
+    assert os.listdir(tmp_path / "11") == ["0"]
+    assert os.listdir(tmp_path / ".tmp") == []
+
+
+def test_a_listing_whose_connection_is_closed_while_it_waits_is_forgotten(
+    tmp_path: Path, diary: Diary
+) -> None:
+    users = (11, 12, 13)
+    expected = [fill(tmp_path, 2, user_id) for user_id in users]
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(listing_names=2))
+    stepped: List[Session] = []
+
+    def close_the_others(session: Session) -> None:
+        stepped.append(session)
+        for other in list(server._sessions.values()):
+            if other is not session:
+                close_of(server, other)
+
+    diary.before_step = close_the_others
+    requests = [request(user_id, LIST) for user_id in users]
+    assert ask_in_one_turn(server, requests) == [expected[0], b"", b""]
+    assert len({id(session) for session in stepped}) == 1
+
+
+def test_a_long_upload_gets_to_the_disk_piece_by_piece(
+    tmp_path: Path, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 64 << 10)
+    settings = Settings(write_back_bytes=64 << 10, sync_bytes=64 << 10, scratch_bytes=64 << 10)
+    sizes: List[int] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        if "/.tmp/" in os.readlink(f"/proc/self/fd/{fd}"):
+            sizes.append(os.fstat(fd).st_size)
+        fsync(fd)
+
+    server = Server(tmp_path, ("127.0.0.1", 0), settings)
+    content = os.urandom(1 << 20)
+    monkeypatch.setattr(os, "fsync", note)
+    with serving(server):
+        assert ask(server.address, request(11, BACKUP, b"a", content)) == response(210, b"a")
+    assert (tmp_path / "11" / "a").read_bytes() == content
+    assert sum(turn.count("step") for turn in diary.turns) == len(sizes) - 1
+    assert sizes[-1] == 1 << 20  # the rest is for its commit to wait for
+    pieces = [after - before for before, after in zip([0, *sizes], sizes)]
+    assert all(64 << 10 <= piece < 128 << 10 for piece in pieces[:-1])
+    assert pieces[-1] < 128 << 10
+
+
+def test_an_upload_whose_piece_does_not_get_to_the_disk_is_answered_with_1001(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 64 << 10)
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with serving(server):
+        data = request(11, BACKUP, b"a", bytes(1 << 20))
+        assert ask(server.address, data) == response(1001, b"a")
+    assert not (tmp_path / "11").exists()
+    assert os.listdir(tmp_path / ".tmp") == []
+
+
+def test_an_interrupt_in_the_middle_of_a_turn_leaves_no_users_folder_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, 1)
+    server = Server(tmp_path, ("127.0.0.1", 0))
+    take = Session.take
+    taken: List[Session] = []
+
+    def interrupted(session: Session, part: Part) -> Union[Outgoing, Later, None]:
+        taken.append(session)
+        if session is not taken[0]:
+            raise KeyboardInterrupt
+        return take(session, part)
+
+    monkeypatch.setattr(Session, "take", interrupted)
+    with connect(server.address) as one, connect(server.address) as two:
+        one.sendall(request(11, LIST))
+        two.sendall(request(11, LIST))
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+
+
 # Accepting
+
+
+def test_no_more_are_accepted_in_a_turn_than_may_be_and_all_before_the_first_is_served(
+    tmp_path: Path, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(accepts_per_turn=2))
+    accept, start = socket.socket.accept, Connection.start
+
+    def accepting(sock: socket.socket) -> Tuple[socket.socket, Any]:
+        accepted = accept(sock)
+        diary.note("accept")
+        return accepted
+
+    def starting(connection: Connection) -> None:
+        diary.note("start")
+        start(connection)
+
+    monkeypatch.setattr(socket.socket, "accept", accepting)
+    monkeypatch.setattr(Connection, "start", starting)
+    assert ask_in_one_turn(server, [request(11, LIST)] * 5) == [EMPTY_LIST] * 5
+    two = ["accept"] * 2 + ["start"] * 2
+    # A server that is told to stop starts again whatever has not ended.
+    assert diary.of("accept", "start")[:3] == [two, two, ["accept", "start"]]
+
+
+@pytest.mark.parametrize(
+    ("limit", "in_use", "expected"),
+    [
+        (20_000, 10, 14_917),
+        (1_048_576, 10, 786_349),
+        (1_024, 10, 685),
+        (282, 10, 128),  # below 256 for connections and files, each connection may have a file
+        (280, 10, 127),
+        (100, 10, 37),
+        (28, 10, 1),
+        (20, 10, 1),  # there is always one
+        (1, 10, 1),
+        (256, 100, 70),
+    ],
+)
+def test_some_descriptors_are_left_for_files_and_folders(
+    monkeypatch: pytest.MonkeyPatch, limit: int, in_use: int, expected: int
+) -> None:
+    limit_descriptors(monkeypatch, limit)
+    assert _room_for_connections(in_use) == expected
+
+
+def test_without_a_limit_of_descriptors_there_is_room_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit_descriptors(monkeypatch, resource.RLIM_INFINITY)
+    assert _room_for_connections(10) == sys.maxsize
+    monkeypatch.setattr("backup.server.resource", None)
+    assert _room_for_connections(10) == sys.maxsize
 
 
 def fail_accept(monkeypatch: pytest.MonkeyPatch, codes: List[int]) -> None:
@@ -473,6 +848,29 @@ def test_it_serves_where_the_limit_cannot_be_asked_for(
     server: Server = module.Server(tmp_path, ("127.0.0.1", 0))
     with serving(server):
         assert ask(server.address, UPLOAD) == response(210, b"a")
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: List[Tuple[int, Tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
+    raise_descriptor_limit()
+    assert limits == [(resource.RLIMIT_NOFILE, (4096, 4096))]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "no"), ValueError("not infinite")])
+def test_a_limit_of_descriptors_that_cannot_be_raised_stays(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    raise_descriptor_limit()
+    monkeypatch.setattr("backup.server.resource", None)
+    raise_descriptor_limit()
 
 
 LIMITED = """

@@ -15,11 +15,11 @@ import struct
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple, Union
 
 import pytest
 
-from backup.connection import Later, Outgoing
+from backup.connection import Body, Later, Outgoing
 from backup.errors import BackupError, ConnectionFailed, DeadlineMissed, StoreFailed
 from backup.log import Line, Log
 from backup.protocol import Cut, Data, End, Excess, Head, Part, RequestReceiver, State
@@ -29,6 +29,7 @@ from backup.storage import Store
 from backup.stream import Stream
 from backup.upload import Upload
 from backup.wire import MAX_FILE_BYTES, Request
+from tests.conftest import open_descriptors
 from tests.helpers import file_payload, request, response
 
 BACKUP, RETRIEVE, DELETE, LIST = 100, 200, 201, 202
@@ -70,9 +71,12 @@ ODD_NAMES = [
 class Bench:
     """What sessions of one store need, and what a server would do around them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **settings: float) -> None:
+        """Unless told otherwise, only a file of up to four bytes is small."""
         self.root = root
-        self.store = Store(root)
+        settings = {"small_bytes": 4, **settings}
+        self.settings = replace(Settings(), **settings)  # type: ignore[arg-type]
+        self.store = Store(root, self.settings)
         self.seconds = 100.0
         self._lines: List[Line] = []
         self._log = Log(self._lines.extend, logging.DEBUG)
@@ -88,15 +92,15 @@ class Bench:
         return [line.text for line in self.lines]
 
     def session(self) -> Session:
-        """A session for which only a file of up to four bytes is small."""
-        settings = replace(Settings(), small_bytes=4)
-        return Session(self.store, self._log, PEER, lambda: self.seconds, settings)
+        return Session(self.store, self._log, PEER, lambda: self.seconds, self.settings)
 
     def give(self, session: Session, parts: List[Part]) -> Optional[Outgoing]:
-        """Gives the parts one by one, commits if asked to; the answer, if there is one."""
+        """Gives the parts one by one, does what is put off; the answer, if there is one."""
         answer: Optional[Outgoing] = None
         for part in parts:
             returned = session.take(part)
+            while returned is Later.STEP:
+                returned = session.step()
             if returned is Later.COMMIT:
                 returned = self.commit(session)
             if isinstance(returned, Outgoing):
@@ -582,6 +586,361 @@ def test_a_file_that_is_replaced_while_it_is_sent_goes_out_as_it_was(
     body.send(stream, 100)
     assert far.recv(100) == b"0123456789"
     body.close()
+
+
+# A file that leaves with the answer's fields, and one that does not
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 6])
+def test_a_small_file_leaves_with_the_fields_and_a_larger_one_behind_them(
+    bench: Bench, size: int
+) -> None:
+    bench.put(b"a", b"x" * size)
+    before = open_descriptors()
+    session = bench.session()
+    answer = bench.give(session, [Head(Request(11, 1, RETRIEVE, b"a")), End()])
+    assert answer is not None
+    whole = response(212, b"a", file_payload(b"x" * size))
+    if size <= 4:
+        assert answer == Outgoing(whole)
+        assert open_descriptors() == before
+    else:
+        assert answer.head == whole[:-size]
+        assert answer.body is not None
+        assert answer.body.remaining == size
+        answer.body.close()
+        assert open_descriptors() == before
+    session.closed(None)
+
+
+def test_a_small_file_that_cannot_be_read_is_answered_with_1001(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.put(b"a", b"xyz")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "read", refuse(errno.EIO))
+        answer = bench.give(bench.session(), [Head(Request(11, 1, RETRIEVE, b"a")), End()])
+    assert answer == Outgoing(response(1001, b"a"))
+
+
+def test_a_small_file_that_cannot_be_read_is_warned_about(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.put(b"a", b"xyz")
+    session = bench.session()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "read", refuse(errno.EIO))
+        session.take(Head(Request(11, 1, RETRIEVE, b"a")))
+    session.sent()
+    session.closed(None)
+    warning, line = bench.lines
+    text = "cannot read a stored file: [Errno 5] Input/output error; check its disk"
+    assert warning == Line(logging.WARNING, text)
+    assert line.text.startswith("user=11 op=200 file=a status=1001 ")
+    assert line.text.endswith(" reason=store")
+
+
+def test_a_body_that_cannot_be_read_breaks_the_answer_off_and_is_warned_about(
+    bench: Bench, pair: Tuple[Stream, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.put(b"a", b"0123456789")
+    session = bench.session()
+    body = open_body(bench, session).body
+    assert body is not None
+    assert body.send(pair[0], 4) == 4
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "sendfile", refuse(errno.EIO))
+        with pytest.raises(
+            StoreFailed, match=r"cannot read a stored file: .*output error"
+        ) as caught:
+            body.send(pair[0], 4)
+    body.close()
+    session.closed(caught.value)
+    assert bench.lines == [
+        Line(logging.WARNING, str(caught.value)),
+        Line(
+            logging.INFO,
+            f"user=11 op=200 file=a status=212 bytes=4 ms=0.0 peer={PEER} reason=store",
+        ),
+    ]
+
+
+# What is put off to a step: a listing of several slices
+
+
+NAMES = [b"%d" % number + "é".encode() * (number % 3) for number in range(10)]
+
+
+def full(root: Path, names: List[bytes], **settings: float) -> Bench:
+    """A bench whose user 11 has these files, and for which three names are a slice."""
+    bench = Bench(root, **{"listing_names": 3, **settings})
+    (root / "11").mkdir()
+    for name in names:
+        (root / "11" / os.fsdecode(name)).touch()
+    return bench
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 6, 9, 10])
+def test_a_listing_of_any_number_of_slices_has_all_names(tmp_path: Path, count: int) -> None:
+    bench = full(tmp_path, NAMES[:count])
+    expected = response(212, b"", listing(*sorted(NAMES[:count])))
+    assert bench.ask(request(11, LIST)) == expected
+    assert bench.texts == [
+        f"user=11 op=202 file= status=212 bytes={len(expected) - 9} ms=0.0 peer={PEER}"
+    ]
+
+
+def step_to_the_answer(session: Session) -> Tuple[int, Outgoing]:
+    """Steps until there is an answer; how many times, and what it is."""
+    for steps in range(1, 1000):
+        returned = session.step()
+        if isinstance(returned, Outgoing):
+            return steps, returned
+        assert returned is Later.STEP
+    raise AssertionError("no end of steps")
+
+
+def list_much(bench: Bench) -> Tuple[Session, Outgoing, Body]:
+    """The answer to a LIST of several slices, with its body."""
+    session = bench.session()
+    assert session.take(Head(Request(11, 1, LIST, b""))) is Later.STEP
+    _, answer = step_to_the_answer(session)
+    assert answer.body is not None
+    return session, answer, answer.body
+
+
+@pytest.mark.parametrize(("count", "steps"), [(0, 0), (2, 0), (3, 3), (10, 7)])
+def test_only_a_listing_of_more_than_a_slice_takes_steps(
+    tmp_path: Path, count: int, steps: int
+) -> None:
+    bench = full(tmp_path, NAMES[:count])
+    session = bench.session()
+    returned = session.take(Head(Request(11, 1, LIST, b"")))
+    assert session.take(End()) is None
+    if not steps:
+        assert isinstance(returned, Outgoing)
+        assert returned.body is None
+    else:
+        assert returned is Later.STEP
+        taken, answer = step_to_the_answer(session)
+        assert taken == steps
+        assert answer.body is not None
+
+
+def test_the_names_of_a_large_listing_leave_a_slice_at_a_time(
+    tmp_path: Path, pair: Tuple[Stream, socket.socket]
+) -> None:
+    bench = full(tmp_path, NAMES)
+    _, answer, body = list_much(bench)
+    payload = listing(*sorted(NAMES))
+    assert answer.head == response(212, b"", payload)[: -len(payload) + 4]
+    stream, far = pair
+    ordered = sorted(NAMES)
+    for first in range(0, 10, 3):
+        assert body.send(stream, 1000) is None  # a slice is merged and encoded: that is a turn's
+        names = listing(*ordered[first : first + 3])[4:]
+        remaining = body.remaining
+        assert body.send(stream, 2) == 2
+        assert body.send(stream, 1000) == len(names) - 2
+        assert body.remaining == remaining - len(names)
+        assert far.recv(1000) == names
+    assert body.remaining == 0
+    body.close()
+
+
+def test_a_listing_waits_while_the_peer_reads_nothing(
+    tmp_path: Path, pair: Tuple[Stream, socket.socket]
+) -> None:
+    bench = full(tmp_path, NAMES)
+    _, _, body = list_much(bench)
+    stream, far = pair
+    filled = 0
+    while True:
+        count = stream.send(bytes(1 << 16))
+        if count is None:
+            break
+        filled += count
+    before = body.remaining
+    assert [body.send(stream, 1000) for _ in range(3)] == [None] * 3
+    assert body.remaining == before
+    while filled:
+        filled -= len(far.recv(filled))
+    while body.remaining:
+        body.send(stream, 1000)
+    assert far.recv(1000) == listing(*sorted(NAMES))[4:]
+
+
+def test_each_slice_of_a_listing_waits_for_what_follows_it(
+    tmp_path: Path, pair: Tuple[Stream, socket.socket]
+) -> None:
+    told: List[bool] = []
+
+    class Telling(Stream):
+        def send(self, data: Union[bytes, memoryview], more: bool = False) -> Optional[int]:
+            told.append(more)
+            return len(data)
+
+    bench = full(tmp_path, NAMES[:4])
+    _, _, body = list_much(bench)
+    stream = Telling(pair[0].socket, PEER)
+    while body.remaining:
+        body.send(stream, 1000)
+    assert told == [True, True]
+
+
+def test_the_line_of_a_listing_that_did_not_leave_says_how_far_it_came(
+    tmp_path: Path, pair: Tuple[Stream, socket.socket]
+) -> None:
+    bench = full(tmp_path, NAMES)
+    session, _, body = list_much(bench)
+    body.send(pair[0], 1000)
+    assert body.send(pair[0], 7) == 7
+    session.closed(DeadlineMissed("silent"))
+    assert bench.texts == [
+        f"user=11 op=202 file= status=212 bytes=11 ms=0.0 peer={PEER} reason=deadline"
+    ]
+
+
+def test_a_large_listing_has_what_is_committed_while_it_is_read(tmp_path: Path) -> None:
+    bench = full(tmp_path, NAMES)
+    session = bench.session()
+    assert session.take(Head(Request(11, 1, LIST, b""))) is Later.STEP
+    bench.put(b"new", b"x")
+    assert bench.ask(request(11, DELETE, NAMES[0])) == response(211, NAMES[0])
+    _, answer = step_to_the_answer(session)
+    sent = answer.head + bench._send(answer)
+    assert sent == response(212, b"", listing(*sorted([*NAMES[1:], b"new"])))
+
+
+def test_a_large_listing_that_is_too_large_is_refused_when_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = full(tmp_path, NAMES)
+    size = len(listing(*NAMES))
+    monkeypatch.setattr("backup.session.MAX_SIZE", size)
+    assert len(bench.ask(request(11, LIST))) == size + 9
+    monkeypatch.setattr("backup.session.MAX_SIZE", size - 1)
+    assert bench.ask(request(11, LIST)) == response(1001)
+    assert bench.texts[-1].endswith("status=1001 bytes=0 ms=0.0 peer=" + PEER + " reason=too-large")
+
+
+def test_a_folder_that_fails_in_a_later_slice_is_answered_with_1001(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = full(tmp_path, NAMES)
+    before = open_descriptors()
+    session = bench.session()
+    assert session.take(Head(Request(11, 1, LIST, b""))) is Later.STEP
+    with monkeypatch.context() as broken:
+        broken.setattr("backup.disk.regular", refuse(errno.EIO))
+        assert session.step() == Outgoing(response(1001))
+    session.sent()
+    session.closed(None)
+    assert open_descriptors() == before
+    warning, line = bench.lines
+    assert warning.level == logging.WARNING
+    assert "cannot list: input/output error" in warning.text
+    assert line.text.endswith("status=1001 bytes=0 ms=0.0 peer=" + PEER + " reason=store")
+
+
+def test_a_connection_that_ends_while_its_listing_is_read_leaves_nothing_open(
+    tmp_path: Path,
+) -> None:
+    bench = full(tmp_path, NAMES)
+    before = open_descriptors()
+    session = bench.session()
+    assert session.take(Head(Request(11, 1, LIST, b""))) is Later.STEP
+    assert open_descriptors() != before
+    session.closed(ConnectionFailed("it broke"))
+    assert open_descriptors() == before
+    assert bench.texts == [
+        f"user=11 op=202 file= status=- bytes=0 ms=0.0 peer={PEER} reason=connection"
+    ]
+
+
+# What is put off to a step: a long upload that is behind
+
+
+@pytest.fixture
+def long_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench whose store makes an upload durable every eight bytes."""
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 8)
+    return Bench(tmp_path / "store", write_back_bytes=8, sync_bytes=8)
+
+
+def data(count: int) -> Data:
+    return Data(memoryview(b"x" * count))
+
+
+def test_a_long_upload_asks_to_catch_up_whenever_it_is_behind_but_not_when_it_is_whole(
+    long_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: List[int] = []
+    fsync = os.fsync
+
+    def count(fd: int) -> None:
+        syncs.append(os.fstat(fd).st_size)
+        fsync(fd)
+
+    session = long_bench.session()
+    assert session.take(Head(Request(11, 1, BACKUP, b"a", 28))) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", count)
+        assert session.take(data(7)) is None
+        assert session.take(data(1)) is Later.STEP
+        assert session.step() is None
+        assert session.take(data(5)) is None
+        assert session.take(data(5)) is Later.STEP
+        assert session.step() is None
+        assert syncs == [8, 18]
+        assert session.take(data(10)) is None
+        assert syncs == [8, 18]
+    assert session.take(End()) is Later.COMMIT
+    assert long_bench.commit(session) == Outgoing(response(210, b"a"))
+    assert long_bench.content(b"a") == b"x" * 28
+
+
+def test_an_upload_that_needs_nothing_on_the_disk_never_has_to_catch_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup.upload._FIRST_PIECE", 8)
+    bench = Bench(tmp_path, fsync=False)
+    session = bench.session()
+    session.take(Head(Request(11, 1, BACKUP, b"a", 1000)))
+    assert session.take(data(999)) is None
+    session.closed(None)
+
+
+def test_a_piece_that_does_not_get_to_the_disk_is_answered_at_once_and_the_older_file_stays(
+    long_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_bench.put(b"a", b"old")
+    session = long_bench.session()
+    session.take(Head(Request(11, 1, BACKUP, b"a", 20)))
+    assert session.take(data(8)) is Later.STEP
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refuse(errno.EIO))
+        assert session.step() == Outgoing(response(1001, b"a"))
+    assert long_bench.temporary() == []
+    assert session.change is None
+    assert long_bench.give(session, [data(12), End()]) is None
+    session.sent()
+    session.closed(None)
+    assert long_bench.content(b"a") == b"old"
+    warning, line = long_bench.lines
+    assert warning.level == logging.WARNING
+    assert "cannot write an upload: input/output error" in warning.text
+    assert line.text.endswith("status=1001 bytes=8 ms=0.0 peer=" + PEER + " reason=store")
+
+
+def test_a_connection_that_ends_while_its_upload_has_to_catch_up_leaves_nothing(
+    long_bench: Bench,
+) -> None:
+    session = long_bench.session()
+    session.take(Head(Request(11, 1, BACKUP, b"a", 20)))
+    assert session.take(data(8)) is Later.STEP
+    session.closed(ConnectionFailed("it broke"))
+    assert long_bench.temporary() == []
 
 
 # A peer that ends too early

@@ -1,7 +1,8 @@
 """A name holds one whole file or nothing, whatever fails, and whatever lies in the store already.
 
 Every test runs twice: with what this system can do, and as if it could open nothing relative to a
-descriptor, refuse no symbolic link by itself and lock no file.
+descriptor, refuse no symbolic link by itself, lock no file and take no advice. In what order the
+system is asked for what makes a change durable is recorded, and tested near the end.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
 from backup import disk
 from backup.errors import BackupError, InvalidName, NotFound, StoreFailed
+from backup.listing import Listing
 from backup.settings import Settings
-from backup.storage import Change, Removal, Store
+from backup.storage import Change, Removal, Store, Stored
 from backup.upload import Upload
+from tests.conftest import open_descriptors
 from tests.helpers import ROOT, WAIT_SECONDS
 
 USER = 11
@@ -39,6 +43,7 @@ def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     """Whether this test is run without the system's features."""
     if request.param == "bare":
         monkeypatch.setattr(disk, "HAS_DIR_FD", False)
+        monkeypatch.setattr(disk, "HAS_FADVISE", False)
         monkeypatch.setattr(disk, "fcntl", None)
         monkeypatch.setattr(disk, "_READ", disk._READ & ~os.O_NOFOLLOW)
         monkeypatch.setattr(disk, "_CREATE", disk._CREATE & ~os.O_NOFOLLOW)
@@ -837,3 +842,539 @@ def test_a_file_that_is_gone_before_the_sweep_looks_at_it_was_finished(root: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "open", open_late)
         assert store.sweep() == 0
+
+
+# What is open, and for how long.
+
+
+class Turn:
+    """A turn of a reactor's: keeps what is put off to its end, and ends it."""
+
+    def __init__(self) -> None:
+        self._put_off: List[Callable[[], None]] = []
+
+    def __call__(self, callback: Callable[[], None]) -> None:
+        self._put_off.append(callback)
+
+    def end(self) -> None:
+        while self._put_off:
+            self._put_off.pop(0)()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """The folders that are opened from now on, by their last name."""
+    names: List[str] = []
+    open_folder = disk.open_folder
+
+    def note(path: bytes) -> disk.Folder:
+        names.append(os.fsdecode(os.path.basename(path)))
+        return open_folder(path)
+
+    monkeypatch.setattr(disk, "open_folder", note)
+    return names
+
+
+def read_much(store: Store, user_id: int = USER) -> None:
+    """Reads in a user's folder in all the ways there are."""
+    assert get(store, b"a", user_id) == b"xyz"
+    with pytest.raises(NotFound):
+        store.open(user_id, b"b")
+    assert store.names(user_id) == [b"a"]
+    assert get(store, b"a", user_id) == b"xyz"
+
+
+def test_a_folder_that_is_read_is_opened_once_a_turn_and_closed_at_its_end(
+    store: Store, root: Path, opened: List[str]
+) -> None:
+    put(store, b"a", b"xyz")
+    turn = Turn()
+    served = Store(root, at_turn_end=turn)
+    before = open_descriptors()
+    for _ in range(2):
+        opened.clear()
+        read_much(served)
+        read_much(served)
+        assert opened == ["11"]
+        turn.end()
+        assert open_descriptors() == before
+
+
+def test_only_the_folder_of_one_user_is_open_at_a_time(
+    store: Store, root: Path, opened: List[str], bare: bool
+) -> None:
+    for user_id in (1, 2):
+        put(store, b"a", b"xyz", user_id)
+    turn = Turn()
+    served = Store(root, at_turn_end=turn)
+    before = len(open_descriptors())
+    opened.clear()
+    for user_id in (1, 2, 2, 1):
+        read_much(served, user_id)
+        assert len(open_descriptors()) == before + (not bare)
+    assert opened == ["1", "2", "1"]
+    turn.end()
+    assert len(open_descriptors()) == before
+
+
+def test_a_store_that_belongs_to_no_reactor_keeps_no_folder_open(
+    store: Store, opened: List[str]
+) -> None:
+    put(store, b"a", b"xyz")
+    opened.clear()
+    before = open_descriptors()
+    for act in (lambda: get(store, b"a"), lambda: store.names(USER)):
+        act()
+        assert open_descriptors() == before
+    with pytest.raises(NotFound):
+        store.open(USER, b"b")
+    assert open_descriptors() == before
+    assert opened == ["11"] * 3
+
+
+def test_a_folder_that_was_not_there_is_looked_for_again_in_the_same_turn(root: Path) -> None:
+    turn = Turn()
+    store = Store(root, at_turn_end=turn)
+    assert store.names(USER) == []
+    with pytest.raises(NotFound):
+        store.open(USER, b"a")
+    put(store, b"a", b"xyz")
+    read_much(store)
+    turn.end()
+
+
+def test_what_is_changed_in_a_turn_is_seen_in_it(root: Path) -> None:
+    turn = Turn()
+    store = Store(root, at_turn_end=turn)
+    put(store, b"a", b"old")
+    assert get(store, b"a") == b"old"
+    put(store, b"a", b"xyz")
+    read_much(store)
+    assert store.commit([store.remove(USER, b"a")]) == [None]
+    with pytest.raises(NotFound):
+        store.open(USER, b"a")
+    turn.end()
+
+
+def test_a_store_that_is_closed_in_the_middle_of_a_turn_leaves_nothing_open(root: Path) -> None:
+    turn = Turn()
+    store = Store(root, at_turn_end=turn)
+    put(store, b"a", b"xyz")
+    before = open_descriptors()
+    read_much(store)
+    store.close()
+    assert open_descriptors() == before
+    store.close()
+    turn.end()
+    assert open_descriptors() == before
+
+
+def stored(store: Store, content: bytes) -> Stored:
+    put(store, b"a", content)
+    return store.open(USER, b"a")
+
+
+def test_a_small_file_can_be_read_as_a_whole_and_is_closed_then(store: Store) -> None:
+    before = open_descriptors()
+    for content in (b"x", bytes(range(256)) * 300):
+        assert stored(store, content).read() == content
+        assert open_descriptors() == before
+
+
+def test_a_file_that_cannot_be_read_is_closed_and_a_store_failure(store: Store) -> None:
+    before = open_descriptors()
+    found = stored(store, b"xyz")
+    with failing("read", number=errno.EIO), pytest.raises(StoreFailed) as caught:
+        found.read()
+    assert open_descriptors() == before
+    assert str(caught.value) == (
+        "cannot read a stored file: [Errno 5] Input/output error; check its disk"
+    )
+
+
+def test_a_file_that_somebody_shortens_is_closed_and_a_store_failure(
+    store: Store, root: Path
+) -> None:
+    before = open_descriptors()
+    found = stored(store, b"xyz")
+    os.truncate(root / "11" / "a", 2)
+    with pytest.raises(StoreFailed, match="became shorter while it was read; look at it"):
+        found.read()
+    assert open_descriptors() == before
+
+
+# A listing of several slices, and what is committed meanwhile.
+
+
+def store_of_slices(root: Path, slice_names: int = 2) -> Store:
+    return Store(root, replace(Settings(), listing_names=slice_names))
+
+
+def listed(listing: Listing) -> List[bytes]:
+    while not listing.done:
+        listing.step()
+    return [*listing]
+
+
+def test_a_listing_has_what_is_committed_until_its_last_slice_is_read(root: Path) -> None:
+    store = store_of_slices(root)
+    for name in (b"a", b"b", b"c", b"d", b"e"):
+        put(store, name, b"xyz")
+    put(store, b"theirs", b"xyz", 12)
+    listings = [store.list(USER), store.list(USER)]
+    assert not any(listing.done for listing in listings)
+    changes: List[Change] = [store.remove(USER, name) for name in (b"a", b"b", b"c")]
+    changes += [upload(store, b"a", b"again"), upload(store, b"new", b"xyz")]
+    changes += [store.remove(USER, b"missing"), store.remove(12, b"theirs")]
+    changes += [upload(store, b"others", b"xyz", 12)]
+    results = store.commit(changes)
+    assert [type(result) for result in results if result] == [NotFound]
+    expected = [b"a", b"d", b"e", b"new"]
+    assert [listed(listing) for listing in listings] == [expected, expected]
+    assert store.names(USER) == expected
+
+
+def test_a_change_that_fails_is_in_no_listing(root: Path) -> None:
+    store = store_of_slices(root)
+    for name in (b"a", b"bad", b"c"):
+        put(store, name, b"xyz")
+    listing = store.list(USER)
+    changes: List[Change] = [upload(store, b"too bad", b"xyz"), store.remove(USER, b"bad")]
+    with failing("replace", "unlink", number=errno.EIO, when=at(b"bad")):
+        results = store.commit(changes)
+    results += store.commit([upload(store, b"good", b"xyz")])
+    assert [result is None for result in results] == [False, False, True]
+    assert listed(listing) == [b"a", b"bad", b"c", b"good"]
+
+
+def test_what_is_committed_after_the_last_slice_was_read_is_not_in_the_listing(
+    root: Path,
+) -> None:
+    store = store_of_slices(root)
+    for name in (b"a", b"b", b"c"):
+        put(store, name, b"xyz")
+    listing, later = store.list(USER), store.list(USER)
+    while listing.reading:
+        listing.step()
+    assert store.commit([store.remove(USER, b"a"), upload(store, b"d", b"xyz")]) == [None, None]
+    assert listed(listing) == [b"a", b"b", b"c"]
+    assert listed(later) == [b"b", b"c", b"d"]
+
+
+def test_a_listing_goes_on_when_the_turn_in_which_it_began_is_over(root: Path) -> None:
+    turn = Turn()
+    store = Store(root, replace(Settings(), listing_names=2), turn)
+    names = [b"%d" % number for number in range(9)]
+    assert store.commit([upload(store, name, b"x") for name in names]) == [None] * 9
+    before = open_descriptors()
+    listing = store.list(USER)
+    turn.end()
+    assert listed(listing) == names
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_names_are_all_names_however_many_slices_that_takes(root: Path, count: int) -> None:
+    store = store_of_slices(root)
+    names = [b"%d" % number for number in range(count)]
+    assert store.commit([upload(store, name, b"x") for name in names]) == [None] * count
+    assert store.names(USER) == names
+
+
+# What is on the disk when a commit returns, and in which order it gets there.
+
+Asked = Tuple[str, ...]
+
+
+class Diary:
+    """What the system is asked for, in order, with paths below the root."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: List[Asked] = []
+        self.fail: Callable[[Asked], bool] = lambda _: False  # with EIO
+        self._root = root
+        asks: Dict[str, Callable[..., Asked]] = {
+            "posix_fadvise": lambda fd, *_: ("write back", self._open_at(fd)),
+            "fsync": lambda fd: ("sync", self._open_at(fd)),
+            "mkdir": lambda path, _: ("make", self._shown(path)),
+            "unlink": lambda path, dir_fd=None: ("remove", self._shown(path, dir_fd)),
+            "replace": self._replacing,
+        }
+        for function, ask in asks.items():
+            monkeypatch.setattr(os, function, self._noting(ask, getattr(os, function)))
+
+    def take(self) -> List[Asked]:
+        """What has been asked for since the last time."""
+        asked, self.asked = self.asked, []
+        return asked
+
+    def _noting(
+        self, ask: Callable[..., Asked], real: Callable[..., object]
+    ) -> Callable[..., object]:
+        def note(*arguments: object, **named: object) -> object:
+            asked = ask(*arguments, **named)
+            self.asked.append(asked)
+            if self.fail(asked):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments, **named)
+
+        return note
+
+    def _replacing(self, path: bytes, name: bytes, dst_dir_fd: Optional[int] = None) -> Asked:
+        return "rename", self._shown(path), self._shown(name, dst_dir_fd)
+
+    def _open_at(self, fd: int) -> str:
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self._root)
+
+    def _shown(self, path: bytes, dir_fd: Optional[int] = None) -> str:
+        if dir_fd is not None:
+            return os.path.join(self._open_at(dir_fd), os.fsdecode(path))
+        return os.path.relpath(os.fsdecode(path), self._root)
+
+
+@pytest.fixture
+def diary(root: Path, monkeypatch: pytest.MonkeyPatch) -> Diary:
+    return Diary(root, monkeypatch)
+
+
+def of(upload: Upload) -> str:
+    """The path of an upload's temporary file, below the root."""
+    return os.path.join(".tmp", os.path.basename(os.fsdecode(upload.path)))
+
+
+def advised(bare: bool, *uploads: Upload) -> List[Asked]:
+    return [] if bare else [("write back", of(upload)) for upload in uploads]
+
+
+def test_a_commit_takes_each_step_for_all_changes_and_the_file_comes_before_its_name(
+    store: Store, diary: Diary, bare: bool
+) -> None:
+    for name in (b"a", b"b", b"c"):
+        put(store, name, b"old")
+    new, other, another = (
+        upload(store, b"a", b"new"),
+        upload(store, b"a", b"xyz", 12),
+        upload(store, b"d", b"xyz"),
+    )
+    diary.take()
+    removals = store.remove(USER, b"b"), store.remove(USER, b"c")
+    assert store.commit([new, removals[0], other, removals[1], another]) == [None] * 5
+    assert diary.take() == [
+        *advised(bare, new, other, another),
+        ("sync", of(new)),
+        ("sync", of(other)),
+        ("sync", of(another)),
+        ("rename", of(new), "11/a"),
+        ("remove", "11/b"),
+        ("make", "12"),
+        ("rename", of(other), "12/a"),
+        ("remove", "11/c"),
+        ("rename", of(another), "11/d"),
+        ("sync", "11"),
+        ("sync", "12"),
+        ("sync", "."),
+    ]
+
+
+def test_the_root_is_synced_for_a_user_who_is_new_in_it_and_only_then(
+    store: Store, diary: Diary
+) -> None:
+    diary.take()
+    for number in range(2):
+        changes = [upload(store, b"%d" % number, b"x", user) for user in (USER, 12, 13)]
+        assert store.commit(changes) == [None] * 3
+        folders = [path for what, path, *_ in diary.take() if what == "sync"][3:]
+        assert sorted(folders) == [*["."][number:], "11", "12", "13"]
+        assert folders[0] == "11"  # a folder before its name is
+
+
+def test_a_removal_is_on_the_disk_too_and_one_that_fails_needs_nothing_there(
+    store: Store, diary: Diary
+) -> None:
+    put(store, b"a", b"xyz")
+    diary.take()
+    assert store.commit([store.remove(USER, b"a")]) == [None]
+    assert diary.take() == [("remove", "11/a"), ("sync", "11")]
+    assert isinstance(only(store.commit([store.remove(USER, b"a")])), NotFound)
+    assert isinstance(only(store.commit([store.remove(12, b"a")])), NotFound)
+    assert diary.take() == []
+
+
+def test_a_name_that_changes_often_in_one_commit_is_synced_once(store: Store, diary: Diary) -> None:
+    put(store, b"a", b"older")
+    old, new = upload(store, b"a", b"old"), upload(store, b"a", b"new")
+    diary.take()
+    assert store.commit([old, store.remove(USER, b"a"), new]) == [None] * 3
+    assert diary.take()[-4:] == [
+        ("rename", of(old), "11/a"),
+        ("remove", "11/a"),
+        ("rename", of(new), "11/a"),
+        ("sync", "11"),
+    ]
+    assert get(store, b"a") == b"new"
+
+
+def test_an_upload_is_told_to_be_written_while_it_grows_and_its_rest_at_the_commit(
+    root: Path, diary: Diary, bare: bool
+) -> None:
+    store = Store(root, replace(Settings(), write_back_bytes=10))
+    begun = store.begin(USER, b"a")
+    diary.take()
+    for count in (10, 5):
+        begun.write(memoryview(bytes(count)))
+    assert diary.take() == advised(bare, begun)
+    assert store.commit([begun]) == [None]
+    assert diary.take()[: 2 - bare] == [*advised(bare, begun), ("sync", of(begun))]
+
+
+def test_a_commit_can_be_told_by_what_it_has_to_wait_for(root: Path) -> None:
+    store = Store(root, replace(Settings(), write_back_bytes=10, sync_bytes=1000))
+    begun = upload(store, b"a", b"x" * 700)
+    changes: List[Change] = [begun, store.remove(USER, b"a")]
+    assert [change.waiting for change in changes] == [700, 0]
+    assert store.piece > 1000  # which is before anything has been learned
+    begun.catch_up()
+    assert 10 <= store.piece <= 1000
+    assert [change.waiting for change in changes] == [0, 0]
+    begun.abort()
+
+
+def test_who_needs_nothing_on_the_disk_waits_for_nothing(root: Path, diary: Diary) -> None:
+    store = Store(root, replace(Settings(), fsync=False, write_back_bytes=1))
+    put(store, b"b", b"xyz")
+    begun = upload(store, b"a", b"x" * 1000)
+    assert store.commit([begun, store.remove(USER, b"b")]) == [None, None]
+    assert get(store, b"a") == b"x" * 1000
+    assert store.names(USER) == [b"a"]
+    assert not [asked for asked in diary.take() if asked[0] in ("sync", "write back")]
+
+
+def test_at_the_start_the_root_is_on_the_disk_with_all_that_is_in_it(
+    root: Path, diary: Diary
+) -> None:
+    Store(root)
+    made = [("make", "."), ("sync", ".."), ("make", ".tmp"), ("sync", ".")]
+    both = [("sync", "."), ("sync", "..")]
+    assert diary.take()[:6] == [*made, *both]
+    Store(root)  # a crash may have left the root, or a user's folder, not synced
+    assert [asked for asked in diary.take() if asked[0] == "sync"] == both
+
+
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_a_root_that_cannot_be_made_durable_is_found_out_at_the_start(
+    store: Store, root: Path, diary: Diary, folder: str
+) -> None:
+    diary.fail = lambda asked: asked == ("sync", folder)
+    with pytest.raises(StoreFailed, match="cannot keep files: input/output error"):
+        Store(root)
+
+
+def test_a_root_in_a_folder_that_another_account_keeps_to_itself_will_do(
+    store: Store, root: Path, diary: Diary
+) -> None:
+    def above(path: Union[bytes, str], *_: object, **__: object) -> bool:
+        return path == bytes(root.parent)
+
+    diary.take()
+    with failing("open", number=errno.EACCES, when=above):
+        put(Store(root), b"a", b"xyz")
+    assert ("sync", "..") not in diary.take()
+
+
+# A disk that fails to make something durable.
+
+
+def errors(results: Sequence[Optional[BackupError]]) -> List[bool]:
+    """Which of a commit's changes have failed; all others are done."""
+    assert all(result is None or isinstance(result, StoreFailed) for result in results)
+    return [result is not None for result in results]
+
+
+def test_a_file_that_does_not_get_to_the_disk_fails_alone_and_the_older_one_stays(
+    store: Store, root: Path, diary: Diary
+) -> None:
+    put(store, b"bad", b"old")
+    put(store, b"b", b"old")
+    bad = upload(store, b"bad", b"new")
+    changes: List[Change] = [upload(store, b"a", b"new"), bad]
+    changes += [store.remove(USER, b"b"), upload(store, b"c", b"new")]
+    diary.take()
+    diary.fail = lambda asked: asked == ("sync", of(bad))
+    results = store.commit(changes)
+    assert errors(results) == [False, True, False, False]
+    assert str(results[1]) == (
+        f"{root / '11'}: cannot change: input/output error; check this folder and its disk"
+    )
+    assert (
+        diary.take().count(("sync", of(bad))) == 1
+    )  # a second one might succeed, and mean nothing
+    assert store.names(USER) == [b"a", b"bad", b"c"]
+    assert get(store, b"bad") == b"old"
+    assert temporary(root) == []
+
+
+def test_a_folder_that_does_not_get_to_the_disk_fails_its_users_changes_and_no_others(
+    store: Store, root: Path, diary: Diary
+) -> None:
+    for user_id in (USER, 12):
+        put(store, b"a", b"old", user_id)
+        put(store, b"b", b"old", user_id)
+    changes: List[Change] = []
+    for user_id in (USER, 12):
+        changes += [upload(store, b"a", b"new", user_id), store.remove(user_id, b"b")]
+    diary.take()
+    diary.fail = lambda asked: asked == ("sync", "11")
+    assert errors(store.commit(changes)) == [True, True, False, False]
+    # Each is tried once: a second time might succeed without having written anything.
+    assert [asked for asked in diary.take() if asked[0] == "sync"][2:] == [
+        ("sync", "11"),
+        ("sync", "12"),
+    ]
+    assert get(store, b"a") in (b"old", b"new")
+    assert get(store, b"a", 12) == b"new"
+    assert temporary(root) == []
+    diary.fail = lambda _: False
+    put(store, b"a", b"newer")
+    assert ("sync", "11") in diary.take()
+
+
+def test_a_root_that_does_not_get_to_the_disk_fails_the_new_users_changes_and_no_others(
+    store: Store, root: Path, diary: Diary
+) -> None:
+    put(store, b"a", b"old")
+    new_users = (12, 13)
+    changes = [upload(store, b"a", b"new", user_id) for user_id in (12, USER, 13, 12)]
+    diary.take()
+    diary.fail = lambda asked: asked == ("sync", ".")
+    assert errors(store.commit(changes)) == [True, False, True, True]
+    assert diary.take().count(("sync", ".")) == 1
+    assert get(store, b"a") == b"new"
+    assert temporary(root) == []
+    diary.fail = lambda _: False
+    for user_id in new_users:  # whose folders are there by now, and could still be lost
+        for expected in (1, 0):
+            put(store, b"b", b"xyz", user_id)
+            assert diary.take().count(("sync", ".")) == expected
+    put(store, b"b", b"xyz")
+    assert ("sync", ".") not in diary.take()
+
+
+def test_a_new_users_folder_that_got_no_file_is_still_new_at_the_next_commit(
+    store: Store, diary: Diary
+) -> None:
+    diary.fail = lambda asked: asked[0] == "rename"
+    assert errors(store.commit([upload(store, b"a", b"x")])) == [True]
+    diary.fail = lambda _: False
+    diary.take()
+    put(store, b"a", b"x")
+    assert diary.take()[-2:] == [("sync", "11"), ("sync", ".")]
+
+
+def test_a_commit_leaves_nothing_open_whatever_fails(store: Store, diary: Diary) -> None:
+    before = open_descriptors()
+    for kind in ("none", "sync", "rename", "make"):
+        diary.fail = lambda asked, kind=kind: asked[0] == kind  # type: ignore[misc]
+        changes = [upload(store, b"a", b"x", user_id) for user_id in range(10)]
+        assert errors(store.commit(changes)) == [kind not in ("none", "make")] * 10
+        assert open_descriptors() == before
+    diary.fail = lambda _: False

@@ -20,9 +20,11 @@ from backup.wire import (
     Status,
     decode_listing,
     encode_listing,
+    encode_names,
     encode_request,
     encode_response,
     failure_status,
+    listing_size,
 )
 
 EVERY_ERROR = [
@@ -112,6 +114,26 @@ def test_a_listing_counts_its_names_and_sorts_them_by_their_bytes(
     payload = bytes.fromhex(hexadecimal)
     assert encode_listing(iter(names)) == payload
     assert decode_listing(payload) == [name.decode() for name in sorted(names)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], [b"a"], [b"b", b"a"], ["é".encode(), b"n" * 255, b"a b"], [b"%d" % n for n in range(999)]],
+)
+def test_a_listing_that_is_put_together_from_slices_is_the_same(names: List[bytes]) -> None:
+    ordered = sorted(names)
+    slices = [encode_names(iter(ordered[at : at + 10])) for at in range(0, len(ordered), 10)]
+    payload = struct.pack("<I", len(names)) + b"".join(slices)
+    assert payload == encode_listing(names)
+    assert len(payload) == listing_size(len(names), sum(map(len, names)))
+    assert decode_listing(payload) == [name.decode() for name in ordered]
+
+
+def test_names_are_encoded_in_the_order_given_each_behind_its_length() -> None:
+    assert encode_names([b"b", b"ac", b""]) == b"\1\0b" + b"\2\0ac" + b"\0\0"
+    assert encode_names([b"n" * 0x102]) == b"\2\1" + b"n" * 0x102
+    with pytest.raises(struct.error):
+        encode_names([b"n" * 0x10000])
 
 
 def test_a_listing_is_read_in_the_order_sent() -> None:
