@@ -22,7 +22,7 @@ ServerFactory = Callable[..., RunningServer]
 
 
 def pytest_collection_finish() -> None:
-    """Takes what is there out of the collector's sight, so that each test's collection is quick."""
+    """Takes what is there out of the collector's sight, so that each collection is quick."""
     gc.collect()
     gc.freeze()
 
@@ -36,6 +36,11 @@ def open_descriptors() -> Dict[int, str]:
         except FileNotFoundError:
             continue  # the one that listed the folder
     return found
+
+
+def new_descriptors(before: Dict[int, str]) -> Dict[int, str]:
+    """Those that were not open before, or on something else."""
+    return {fd: what for fd, what in open_descriptors().items() if before.get(fd) != what}
 
 
 def temporary_files(folder: Path) -> List[str]:
@@ -57,8 +62,10 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.delenv(name, raising=False)
     descriptors, threads = open_descriptors(), set(threading.enumerate())
     yield
-    gc.collect()
-    left = {fd: what for fd, what in open_descriptors().items() if descriptors.get(fd) != what}
+    left = new_descriptors(descriptors)
+    if left:  # those that only a cycle of dead objects holds are closed now, with a warning
+        gc.collect()
+        left = new_descriptors(descriptors)
     assert not left, f"descriptors left open: {left}"
     assert set(threading.enumerate()) <= threads, f"threads left: {threading.enumerate()}"
     assert not temporary_files(tmp_path), f"temporary files left: {temporary_files(tmp_path)}"

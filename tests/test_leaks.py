@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from tests.helpers import ROOT
 
 LEAKS = {
     "descriptor": "os.dup(0)",
     "socket": "keep.append(socket.socket())",
-    "thread": "threading.Thread(target=threading.Event().wait, daemon=True).start()",
-    "child": "os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, '-c', ''])",
-    "temporary file of a store": "(tmp_path / '.tmp').mkdir(); (tmp_path / '.tmp/x').touch()",
-    "temporary file of a client": "(tmp_path / '.backup-1.part').touch()",
-    "file in TMPDIR": "os.close(tempfile.mkstemp()[0])",
+    "thread": "threading.Thread(target=stop.wait, daemon=True).start()",
+    "child": "os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, '-S', '-c', ''])",
+    "store": "(tmp_path / '.tmp').mkdir(); (tmp_path / '.tmp/x').touch()",
+    "client": "(tmp_path / '.backup-1.part').touch()",
+    "tmpdir": "os.close(tempfile.mkstemp()[0])",
+    "nothing": "pass",
 }
 
-TEST = """
+# The fixture that is outermost takes away what the test has left once that has been noticed.
+HEAD = """
 import os, socket, sys, tempfile, threading
-from tests.conftest import *
+import pytest
 
-keep = []
+keep, stop = [], threading.Event()
 
-def test_that_leaks(tmp_path):
-    {leak}
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    yield
+    for sock in keep:
+        sock.close()
+    keep.clear()
+    stop.set()
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join()
+    stop.clear()
+    try:
+        os.waitpid(-1, 0)
+    except ChildProcessError:
+        pass
+
+@pytest.fixture(autouse=True)
+def nothing_left(nothing_kept, nothing_left):
+    yield
 """
 
 
-@pytest.mark.parametrize("leak", [*LEAKS.values(), "pass"], ids=[*LEAKS, "nothing"])
-def test_what_is_left_fails_the_test(leak: str, tmp_path: Path) -> None:
+def test_what_is_left_fails_the_test_and_nothing_else_does(tmp_path: Path) -> None:
+    tests = [f"\ndef test_{name}(tmp_path):\n    {leak}\n" for name, leak in LEAKS.items()]
     file = tmp_path / "test_that_leaks.py"
-    file.write_text(TEST.format(leak=leak), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    file.write_text(HEAD + "".join(tests), encoding="utf-8")
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.conftest"]
+    command = [sys.executable, "-m", "pytest", "-rA", *plugins, str(file)]
     inner = tmp_path / "inner"
     done = subprocess.run(
         [*command, f"--rootdir={ROOT}", f"--basetemp={inner}", "-c", str(ROOT / "pyproject.toml")],
@@ -46,5 +64,7 @@ def test_what_is_left_fails_the_test(leak: str, tmp_path: Path) -> None:
         check=False,
     )
     shutil.rmtree(inner)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
-    assert ("1 error" in done.stdout) == (leak != "pass"), done.stdout
+    for name in LEAKS:
+        assert re.search(f"^PASSED .*::test_{name}$", done.stdout, re.MULTILINE), done.stdout
+        failed = bool(re.search(f"^ERROR .*::test_{name} ", done.stdout, re.MULTILINE))
+        assert failed == (name != "nothing"), done.stdout
