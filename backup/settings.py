@@ -48,7 +48,7 @@ class Settings:
     listing_names: int = 1024
     """Names of a LIST that are read, sorted or sent at once."""
 
-    turn_seconds: float = 0.01
+    turn_seconds: float = 0.002
     """How long the pieces of work that are put off to a turn's end may take, all together."""
 
     accept_pause_seconds: float = 0.1
