@@ -43,13 +43,15 @@ HAS_FADVISE = hasattr(os, "posix_fadvise")
 _FULL_SYNC: Optional[int] = getattr(fcntl, "F_FULLFSYNC", None)
 _NO_FULL_SYNC = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL}
 
+# Linux only.
+_SET_LEASE: Optional[int] = getattr(fcntl, "F_SETLEASE", None)
+
 # What fsync(2) says on file systems, over a network mostly, that cannot do it to a folder: what
 # they do about names is theirs alone.
 _NO_FOLDER_SYNC = {errno.EBADF, errno.EINVAL}
 
 # Without O_NONBLOCK, opening a pipe that lies in the folder would wait for its other end.
 _SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-_READ = os.O_RDONLY | _SAFELY
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -77,22 +79,22 @@ class Folder:
     def close(self) -> None:
         """Lets go of the directory."""
 
-    def open(self, name: bytes) -> int:
-        """A descriptor to read ``name`` by. Raises ``OSError``, for a symbolic link too."""
+    def open(self, name: bytes, access: int = os.O_RDONLY) -> int:
+        """A descriptor of the file ``name``. Raises ``OSError``, for a symbolic link too."""
         while True:
             path = self._at(name)
             before = os.lstat(path)
             if stat.S_ISLNK(before.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "a symbolic link", path)
-            fd = os.open(path, _READ | _BINARY)
+            fd = os.open(path, access | _SAFELY | _BINARY)
             if os.path.samestat(before, status(fd)):
                 return fd
             os.close(fd)  # another has taken its place meanwhile: a newer file, or a link
 
-    def mode(self, name: bytes) -> Optional[int]:
-        """``st_mode`` of what has this name, the link itself if it is one; None for nothing."""
+    def status(self, name: bytes) -> Optional[os.stat_result]:
+        """``lstat(2)`` of what has this name; None for nothing."""
         try:
-            return os.lstat(self._at(name)).st_mode
+            return os.lstat(self._at(name))
         except FileNotFoundError:
             return None
 
@@ -137,12 +139,12 @@ class DescriptorFolder(Folder):
         with suppress(OSError):  # nothing was written through it that could be lost
             os.close(self._fd)
 
-    def open(self, name: bytes) -> int:
-        return os.open(name, _READ | _BINARY, dir_fd=self._fd)
+    def open(self, name: bytes, access: int = os.O_RDONLY) -> int:
+        return os.open(name, access | _SAFELY | _BINARY, dir_fd=self._fd)
 
-    def mode(self, name: bytes) -> Optional[int]:
+    def status(self, name: bytes) -> Optional[os.stat_result]:
         try:
-            return os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
@@ -259,6 +261,22 @@ def claim(fd: int) -> bool:
     False when another process has it, or when it has lost its name meanwhile.
     """
     return _lock(fd) is not False and os.fstat(fd).st_nlink > 0
+
+
+def nobody_has(fd: int) -> bool:
+    """Whether an open file has lost its last name, and is open nowhere else; False if unknown.
+
+    A write lease is granted to the only one who has a file open (fcntl(2), Linux). It is given
+    back at once: without a name, nobody else can come to have it.
+    """
+    if _SET_LEASE is None or os.fstat(fd).st_nlink > 0:
+        return False
+    try:
+        fcntl.fcntl(fd, _SET_LEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(fd, _SET_LEASE, fcntl.F_UNLCK)
+    except OSError:  # open elsewhere; not our file; a file system that has no leases
+        return False
+    return True
 
 
 def remove_abandoned(path: bytes, stale_seconds: float) -> bool:

@@ -142,6 +142,9 @@ class Server(Owner):
 
     def put_off(self, connection: Connection, later: Later) -> None:
         (self._to_commit if later is Later.COMMIT else self._to_step).append(connection)
+        self._settle_soon()
+
+    def _settle_soon(self) -> None:
         if not self._settling:
             self._settling = True
             # In the round after the next, so that the answers that are ready leave before.
@@ -149,6 +152,8 @@ class Server(Owner):
 
     def closed(self, connection: Connection, _: Optional[BackupError]) -> None:
         del self._sessions[connection]
+        if self._store.to_reclaim:  # an upload that came to nothing
+            self._settle_soon()
         if self._full:
             self._full = False
             self._listen_again()
@@ -224,7 +229,9 @@ class Server(Owner):
         self._commit()
         while self._to_step and self._reactor.now() - began < self._settings.turn_seconds:
             self._step(self._to_step.popleft())
-        self._settling = bool(self._to_commit or self._to_step)
+        if self._store.to_reclaim:
+            self._store.reclaim()
+        self._settling = bool(self._to_commit or self._to_step or self._store.to_reclaim)
         if self._settling:
             self._reactor.next_turn(self._settle)
 

@@ -42,6 +42,9 @@ class Settings:
     sync_bytes: int = 32 * MIB
     """The largest piece of an upload that may wait to be made durable; a slow disk gets less."""
 
+    reclaim_bytes: int = 4 * MIB
+    """A file larger than this that is replaced or removed is freed by so much at a time."""
+
     small_bytes: int = 64 * KIB
     """A stored file of up to this size is read and leaves with the answer's fields, in one send."""
 

@@ -23,14 +23,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Union
 
 from . import disk
 from .errors import BackupError, NotFound, StoreFailed
 from .listing import Listing
 from .names import decode, escape
+from .reclaim import Reclaim
 from .settings import Settings
 from .upload import Pace, Upload
 
@@ -91,7 +92,8 @@ class Store:
         """Makes the root if it is missing and sweeps what a crash left in it.
 
         ``at_turn_end`` is the reactor's, for a store that belongs to one: a
-        folder that is read stays open for the other requests of a turn.
+        folder that is read stays open for the other requests of a turn, and
+        ``reclaim`` is called while there is something ``to_reclaim``.
         Raises ``StoreFailed`` when the root cannot be made, read or written.
         """
         self._root = os.fsencode(os.path.abspath(root))
@@ -102,6 +104,8 @@ class Store:
         self._prefix = os.urandom(8).hex().encode()
         self._count = 0
         self._pace = Pace(settings)
+        self._reclaim = Reclaim(settings.reclaim_bytes)
+        self._let_go = None if at_turn_end is None else self._reclaim.add
         self._listings: List[Listing] = []  # that are being read
         self._new_users: Set[int] = set()  # whose folders a power cut could still take
         self._at_turn_end = at_turn_end
@@ -169,6 +173,15 @@ class Store:
     def piece(self) -> int:
         """How many bytes a commit should have to wait for, at most, so that nobody waits long."""
         return self._pace.bytes
+
+    @property
+    def to_reclaim(self) -> bool:
+        """Whether space is to be given back by ``reclaim``."""
+        return self._reclaim.waiting
+
+    def reclaim(self) -> None:
+        """Gives back a piece of the space of large files that were replaced or removed."""
+        self._reclaim.step()
 
     def open(self, user_id: int, name: bytes) -> Stored:
         """The stored file, open. Raises ``InvalidName``, ``NotFound`` or ``StoreFailed``."""
@@ -239,14 +252,51 @@ class Store:
         """Gives the file its name, or takes it away."""
         there = isinstance(change, Upload)
         if isinstance(change, Upload):
-            _put_in_place(folders.get(change.user_id, create=True), change)
+            self._put_in_place(folders.get(change.user_id, create=True), change)
         else:
-            _remove(folders, change)
+            self._remove(folders, change)
         if self._listings:
             self._listings = [listing for listing in self._listings if listing.reading]
             for listing in self._listings:
                 if listing.user_id == change.user_id:
                     listing.changed(change.name, there)
+
+    def _put_in_place(self, folder: disk.Folder, upload: Upload) -> None:
+        older = folder.status(upload.name)
+        if older is not None and not stat.S_ISREG(older.st_mode):
+            raise StoreFailed(
+                "what has this name in the user's folder is not a regular file; look at it",
+                escape(upload.name, keep=" "),
+            )
+        with self._held(folder, upload.name, older):
+            folder.take(upload.path, upload.name)
+
+    def _remove(self, folders: _Folders, removal: Removal) -> None:
+        try:
+            folder = folders.get(removal.user_id)
+            found = folder.status(removal.name)
+            if found is None or not stat.S_ISREG(found.st_mode):
+                raise _not_found(removal.user_id, removal.name)
+            with self._held(folder, removal.name, found):
+                folder.unlink(removal.name)
+        except FileNotFoundError:
+            raise _not_found(removal.user_id, removal.name) from None
+
+    @contextmanager
+    def _held(
+        self, folder: disk.Folder, name: bytes, found: Optional[os.stat_result]
+    ) -> Iterator[None]:
+        """A large file outlives the loss of its name in here, and is reclaimed step by step."""
+        fd = -1
+        large = found is not None and found.st_size > self._reclaim.piece_bytes
+        if large and self._at_turn_end is not None:
+            with suppress(OSError):  # out of descriptors, or not ours to write: freed at once
+                fd = folder.open(name, os.O_RDWR)
+        try:
+            yield
+        finally:
+            if fd >= 0:
+                self._reclaim.add(fd)
 
     def _make_durable(self, folders: _Folders, change: Change) -> None:
         """Makes the change's folder durable, and the root if the folder is new in it."""
@@ -283,8 +333,9 @@ class Store:
         return self._read_folder
 
     def close(self) -> None:
-        """Lets go of what is still open because a turn ended early."""
+        """Lets go of what is still open for other turns."""
         self._close_read_folder()
+        self._reclaim.close()
 
     def _close_read_folder(self) -> None:
         if self._read_folder is not None:
@@ -296,7 +347,7 @@ class Store:
         while True:
             self._count += 1
             path = os.path.join(self._temporary, b"%s-%d" % (self._prefix, self._count))
-            upload = Upload(user_id, name, path, disk.create(path), self._pace)
+            upload = Upload(user_id, name, path, disk.create(path), self._pace, self._let_go)
             try:
                 if upload.claim():
                     return upload
@@ -355,26 +406,6 @@ def _start_write_back(change: Change) -> None:
 def _settle(change: Change) -> None:
     if isinstance(change, Upload):
         change.settle()
-
-
-def _put_in_place(folder: disk.Folder, upload: Upload) -> None:
-    mode = folder.mode(upload.name)
-    if mode is not None and not stat.S_ISREG(mode):
-        raise StoreFailed(
-            "what has this name in the user's folder is not a regular file; look at it",
-            escape(upload.name, keep=" "),
-        )
-    folder.take(upload.path, upload.name)
-
-
-def _remove(folders: _Folders, removal: Removal) -> None:
-    try:
-        folder = folders.get(removal.user_id)
-        if not stat.S_ISREG(folder.mode(removal.name) or 0):
-            raise _not_found(removal.user_id, removal.name)
-        folder.unlink(removal.name)
-    except FileNotFoundError:
-        raise _not_found(removal.user_id, removal.name) from None
 
 
 def _open_file(folder: disk.Folder, name: bytes) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import Callable
+from typing import Callable, Optional
 
 from . import disk
 from .settings import Settings
@@ -43,14 +43,34 @@ class Pace:
 class Upload:
     """A file on its way in. ``write`` it, then hand it to ``Store.commit`` or ``abort`` it."""
 
-    __slots__ = ("_fd", "_pace", "_started", "_synced", "_written", "name", "path", "user_id")
+    __slots__ = (
+        "_fd",
+        "_let_go",
+        "_pace",
+        "_started",
+        "_synced",
+        "_written",
+        "name",
+        "path",
+        "user_id",
+    )
 
-    def __init__(self, user_id: int, name: bytes, path: bytes, fd: int, pace: Pace) -> None:
+    def __init__(
+        self,
+        user_id: int,
+        name: bytes,
+        path: bytes,
+        fd: int,
+        pace: Pace,
+        let_go: Optional[Callable[[int], None]] = None,
+    ) -> None:
+        """``fd`` is the new file at ``path``; ``let_go`` takes it over when it has lost its name."""
         self.user_id = user_id
         self.name = name
         self.path = path
         self._fd = fd
         self._pace = pace
+        self._let_go = let_go
         self._written = 0  # bytes, and of these:
         self._started = 0  # the system was told to write
         self._synced = 0  # are on the disk
@@ -116,11 +136,14 @@ class Upload:
 
     def abort(self) -> None:
         """Gives the upload up: its temporary file goes, or is left to the next start's sweep."""
-        self.close()
+        if disk.fcntl is None:
+            self.close()  # Windows removes no open file
         with suppress(OSError):
             os.unlink(self.path)
+        with suppress(OSError):
+            self._close(self._let_go)
 
-    def _close(self) -> None:
+    def _close(self, let_go: Optional[Callable[[int], None]] = None) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            (let_go or os.close)(fd)

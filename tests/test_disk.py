@@ -33,7 +33,7 @@ def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
         monkeypatch.setattr(disk, "HAS_DIR_FD", False)
         monkeypatch.setattr(disk, "HAS_FADVISE", False)
         monkeypatch.setattr(disk, "fcntl", None)
-        monkeypatch.setattr(disk, "_READ", disk._READ & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(disk, "_SAFELY", disk._SAFELY & ~os.O_NOFOLLOW)
         monkeypatch.setattr(disk, "_CREATE", disk._CREATE & ~os.O_NOFOLLOW)
         return True
     return False
@@ -45,6 +45,12 @@ def place(tmp_path: Path) -> Path:
     path = tmp_path / "place"
     path.mkdir()
     return path
+
+
+def mode(folder: Folder, name: bytes) -> int:
+    """The mode of what has the name, 0 for nothing."""
+    found = folder.status(name)
+    return 0 if found is None else found.st_mode
 
 
 def content(fd: int) -> bytes:
@@ -93,7 +99,8 @@ def test_a_system_without_any_of_it_is_noticed_on_import(monkeypatch: pytest.Mon
     assert elsewhere.HAS_DIR_FD is False
     assert elsewhere.HAS_FADVISE is False
     assert elsewhere._FULL_SYNC is None
-    assert elsewhere._READ == os.O_RDONLY
+    assert elsewhere._SAFELY == 0
+    assert elsewhere._SET_LEASE is None
     assert elsewhere._CREATE == os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
@@ -175,15 +182,15 @@ def test_opening_a_pipe_waits_for_nobody(place: Path) -> None:
     os.close(fd)
 
 
-def test_the_mode_is_that_of_what_has_the_name(place: Path) -> None:
+def test_the_status_is_that_of_what_has_the_name(place: Path) -> None:
     (place / "file").touch()
     (place / "link").symlink_to("file")
     (place / "folder").mkdir()
     with open_folder(bytes(place)) as folder:
-        assert stat.S_ISREG(folder.mode(b"file") or 0)
-        assert stat.S_ISLNK(folder.mode(b"link") or 0)
-        assert stat.S_ISDIR(folder.mode(b"folder") or 0)
-        assert folder.mode(b"missing") is None
+        assert stat.S_ISREG(mode(folder, b"file"))
+        assert stat.S_ISLNK(mode(folder, b"link"))
+        assert stat.S_ISDIR(mode(folder, b"folder"))
+        assert folder.status(b"missing") is None
 
 
 def test_a_file_that_is_taken_in_has_its_new_name_alone(place: Path, tmp_path: Path) -> None:
@@ -277,11 +284,11 @@ def swapped(place: Path, tmp_path: Path) -> Iterator[Folder]:
     "reach",
     [
         lambda folder: os.close(folder.open(b"theirs")),
-        lambda folder: stat.S_ISREG(folder.mode(b"theirs") or 0),
+        lambda folder: stat.S_ISREG(mode(folder, b"theirs")),
         lambda folder: folder.unlink(b"theirs"),
         lambda folder: b"theirs" in folder.files(),
     ],
-    ids=["open", "mode", "unlink", "files"],
+    ids=["open", "status", "unlink", "files"],
 )
 def test_a_folder_that_is_swapped_for_a_link_leads_nobody_astray(
     swapped: Folder, reach: Callable[[Folder], object]

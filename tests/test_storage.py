@@ -45,7 +45,7 @@ def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
         monkeypatch.setattr(disk, "HAS_DIR_FD", False)
         monkeypatch.setattr(disk, "HAS_FADVISE", False)
         monkeypatch.setattr(disk, "fcntl", None)
-        monkeypatch.setattr(disk, "_READ", disk._READ & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(disk, "_SAFELY", disk._SAFELY & ~os.O_NOFOLLOW)
         monkeypatch.setattr(disk, "_CREATE", disk._CREATE & ~os.O_NOFOLLOW)
         return True
     return False
