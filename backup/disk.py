@@ -158,8 +158,17 @@ class DescriptorFolder(Folder):
         sync_open_folder(self._fd)
 
     def entries(self) -> Entries:
-        with os.scandir(self._fd) as entries:
-            yield from entries
+        # scandir reads a duplicate, and duplicates are all read at one place (dup(2)): two who
+        # read one folder side by side would each see a part of it. So each opens it anew.
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._fd)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    # Kept in the entry, where it takes a look into the folder, now still open.
+                    entry.is_file(follow_symlinks=False)
+                    yield entry
+        finally:
+            os.close(fd)
 
 
 def open_folder(path: bytes) -> Folder:

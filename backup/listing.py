@@ -90,7 +90,7 @@ class Listing:
             self._names.update(found)
             return
         self.close()
-        if not self._names:
+        if not self._names and not self._changed:
             self._sort(found)
             return
         self._names.update(found)

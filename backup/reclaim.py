@@ -3,8 +3,8 @@
 Rules: to free a file of a gigabyte takes the system the better part of a second,
 in which nobody could be served. So a large file that has lost its name is kept
 open and made shorter by ``reclaim_bytes`` a step. Only a file that nobody else
-has open is touched; any other is freed when the last who reads it closes it, as
-ever. After a crash, the system frees what is left.
+has open is touched; any other is freed, all at once, when the last who reads it
+closes it. After a crash, the system frees what is left.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from . import disk
 
 _MOST_FILES = 32  # that are kept open for this; descriptors are for clients
 
+# Files are made shorter to a multiple of this: pages that sendfile(2) has left in a socket stay
+# whole then, since no page, and no folio of pages (2 MiB at most), lies across the border.
+_BORDER_BYTES = 4 * 1024 * 1024
+
 
 class Reclaim:
     """Files without a name, by their descriptors."""
 
     def __init__(self, piece_bytes: int) -> None:
-        self.piece_bytes = piece_bytes
+        """``piece_bytes`` a step, or a little more."""
+        self.piece_bytes = -(-piece_bytes // _BORDER_BYTES) * _BORDER_BYTES
         self._files: Deque[int] = deque()
 
     @property
@@ -33,24 +38,29 @@ class Reclaim:
 
     def add(self, fd: int) -> None:
         """Takes over a file open for writing; its space is given back now or step by step."""
-        large = len(self._files) < _MOST_FILES and os.fstat(fd).st_size > self.piece_bytes
-        if large and disk.nobody_has(fd):
-            self._files.append(fd)
-        else:
-            os.close(fd)
+        with suppress(OSError):  # what cannot be looked at is closed, and freed at once
+            large = len(self._files) < _MOST_FILES and os.fstat(fd).st_size > self.piece_bytes
+            if large and disk.nobody_has(fd):
+                self._files.append(fd)
+                return
+        _let_go(fd)
 
     def step(self) -> None:
         """Gives back a piece of one file."""
         fd = self._files[0]
-        size = os.fstat(fd).st_size
-        if size > self.piece_bytes:
-            with suppress(OSError):  # then it is freed at once
-                # Up to a page's border: pages that sendfile(2) still has in a socket stay whole.
+        with suppress(OSError):  # then all of it is freed at once
+            size = os.fstat(fd).st_size
+            if size > self.piece_bytes:
                 os.ftruncate(fd, (size - 1) // self.piece_bytes * self.piece_bytes)
                 return
-        os.close(self._files.popleft())
+        _let_go(self._files.popleft())
 
     def close(self) -> None:
         """Gives back all that is left, at once."""
         while self._files:
-            os.close(self._files.popleft())
+            _let_go(self._files.popleft())
+
+
+def _let_go(fd: int) -> None:
+    with suppress(OSError):  # nobody misses what was in it
+        os.close(fd)

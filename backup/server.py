@@ -39,6 +39,8 @@ except ImportError:  # Windows
 
 _SPARE = 16  # descriptors that the loop, the log, a folder and whoever embeds the server may need
 
+_OPEN_MAX = 10240  # macOS, sys/syslimits.h
+
 _FOLDERS = 64  # descriptors that a commit may need for its users' folders
 
 # What accept(2) says when the system, not the connection, lacks something.
@@ -227,8 +229,11 @@ class Server(Owner):
         """At the end of a turn: goes on with what was put off."""
         began = self._reactor.now()
         self._commit()
-        while self._to_step and self._reactor.now() - began < self._settings.turn_seconds:
+        now = self._reactor.now()
+        until = now + max(self._settings.turn_seconds, now - began)
+        while self._to_step and now < until:
             self._step(self._to_step.popleft())
+            now = self._reactor.now()
         if self._store.to_reclaim:
             self._store.reclaim()
         self._settling = bool(self._to_commit or self._to_step or self._store.to_reclaim)
@@ -319,10 +324,14 @@ def _room_for_connections(in_use: int) -> int:
 
 def raise_descriptor_limit() -> None:
     """Raises this process's soft limit of descriptors to the hard one, where there are limits."""
-    if resource is not None:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with suppress(OSError, ValueError):  # macOS calls its hard limit infinite, and refuses it
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if resource is None:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # macOS calls its hard limit infinite, and grants no more than OPEN_MAX (setrlimit(2)).
+    for limit in (hard, _OPEN_MAX):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
 
 
 def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:

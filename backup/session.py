@@ -77,21 +77,32 @@ class StoredBody(Body):
 
 
 class ListedBody(Body):
-    """The names of a large folder on their way out, a slice of them in a turn."""
+    """The names of a large folder: merged and encoded slice by slice, then sent."""
 
     def __init__(self, listing: Listing, slice_names: int) -> None:
+        self.count = SIZE.pack(listing.count)
         self._names = iter(listing)
         self._slice = slice_names
-        self._held = memoryview(b"")  # encoded, not yet sent
-        self.remaining = listing_size(listing.count, listing.bytes) - SIZE.size
+        self._size = listing_size(listing.count, listing.bytes) - SIZE.size
+        self._encoded = bytearray()
+        self.remaining = self._size
+
+    @property
+    def whole(self) -> bool:
+        """Whether all names are encoded."""
+        return len(self._encoded) == self._size
+
+    def encode(self) -> None:
+        """Merges and encodes the next slice."""
+        self._encoded += encode_names(islice(self._names, self._slice))
+        if self.whole:
+            self._names = iter(())
 
     def send(self, stream: Stream, limit: int) -> Optional[int]:
-        if not self._held:
-            self._held = memoryview(encode_names(islice(self._names, self._slice)))
-            return None  # merging them was a turn's work
-        count = stream.send(self._held[:limit], more=True)
+        with memoryview(self._encoded) as view:
+            sent = self._size - self.remaining
+            count = stream.send(view[sent : sent + limit], more=True)
         if count is not None:
-            self._held = self._held[count:]
             self.remaining -= count
         return count
 
@@ -160,11 +171,17 @@ class Session(Endpoint):
             if isinstance(self.change, Upload):
                 self.change.catch_up()
                 return None
+            if isinstance(self._body, ListedBody):
+                return self._encode(self._body)
             assert self._listing is not None
             self._listing.step()
             return self._listed(self._listing)
         except Refused as error:
             return self._fail(error)
+
+    def refuse(self, error: BackupError) -> Optional[Outgoing]:
+        answerable = self._request is not None and self._status is None
+        return self._fail(error) if answerable else None
 
     def sent(self) -> None:
         self._write_line()
@@ -239,11 +256,15 @@ class Session(Endpoint):
         if size > MAX_SIZE:
             raise TooLarge(f"a listing of {size} bytes is more than an answer can carry")
         self._bytes = size
-        count = SIZE.pack(listing.count)
         if listing is not self._listing:  # it was one slice
-            return self._answer(Status.FOUND, count + encode_names(listing))
+            return self._answer(Status.FOUND, SIZE.pack(listing.count) + encode_names(listing))
         self._body = ListedBody(listing, self._settings.listing_names)
-        return self._answer(Status.FOUND, count, self._body)
+        return Later.STEP
+
+    def _encode(self, body: ListedBody) -> Union[Outgoing, Later]:
+        """The answer, if all names have been encoded."""
+        body.encode()
+        return self._answer(Status.FOUND, body.count, body) if body.whole else Later.STEP
 
     def _write(self, view: memoryview) -> Optional[Later]:
         assert isinstance(self.change, Upload)

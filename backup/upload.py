@@ -64,7 +64,7 @@ class Upload:
         pace: Pace,
         let_go: Optional[Callable[[int], None]] = None,
     ) -> None:
-        """``fd`` is the new file at ``path``; ``let_go`` takes it over when it has lost its name."""
+        """``fd`` is the new file at ``path``; ``let_go`` takes it over when it has no name."""
         self.user_id = user_id
         self.name = name
         self.path = path

@@ -337,3 +337,16 @@ def test_an_entry_that_cannot_be_looked_at_is_a_store_failure_and_all_is_closed(
         listing.step()
     assert closed == [True]
     assert listing.reading is False
+
+
+def test_what_changes_while_no_file_was_found_yet_counts_too(place: Path) -> None:
+    for number in range(4):
+        (place / f"folder {number}").mkdir()
+    fill(place, [b"gone"])
+    names = [*(b"folder %d" % number for number in range(4)), b"gone"]
+    some = Listing(USER, bytes(place), seen(place, names), 4)
+    some.step()
+    some.changed(b"gone", False)
+    some.changed(b"new", True)
+    to_the_end(some)
+    assert [*some] == [b"new"]

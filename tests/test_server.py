@@ -484,10 +484,10 @@ def slow_steps(server: Server, diary: Diary, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("seconds", "steps"),
     [
-        (0.0, [22]),  # two listings, of which each takes five steps more to read and six to sort
-        (0.1875, [2] * 11),
-        (0.25, [1] * 22),
-        (1.0, [1] * 22),
+        (0.0, [32]),  # two listings: each five steps more to read, six to sort, five to encode
+        (0.1875, [2] * 16),
+        (0.25, [1] * 32),
+        (1.0, [1] * 32),
     ],
 )
 def test_pieces_of_work_fill_a_turn_only_so_far(
@@ -499,6 +499,21 @@ def test_pieces_of_work_fill_a_turn_only_so_far(
     requests = [request(user_id, LIST) for user_id in (11, 12)]
     assert ask_in_one_turn(server, requests) == expected
     assert [len(turn) for turn in diary.of("step")] == steps
+
+
+def test_commits_that_take_long_leave_as_much_time_for_other_work(
+    tmp_path: Path, diary: Diary
+) -> None:
+    expected = fill(tmp_path, 10, 12)
+    settings = Settings(commit_files=1, listing_names=2, turn_seconds=0.25)
+    server = Server(tmp_path, ("127.0.0.1", 0), settings)
+    slow_steps(server, diary, 0.25)
+    work = diary.before_step
+    diary.before_commit = lambda _: [work(session) for session in [None] * 3]  # type: ignore
+    answers = ask_in_one_turn(server, [*uploads(4), request(12, LIST)])
+    assert answers == [*(response(210, b"%d" % number) for number in range(4)), expected]
+    both = [turn for turn in diary.of("commit", "step") if "commit 1" in turn]
+    assert both == [["commit 1", "step", "step", "step"]] * 4
 
 
 def test_those_whose_work_was_put_off_take_turns(tmp_path: Path, diary: Diary) -> None:

@@ -1378,3 +1378,22 @@ def test_a_commit_leaves_nothing_open_whatever_fails(store: Store, diary: Diary)
         assert errors(store.commit(changes)) == [kind not in ("none", "make")] * 10
         assert open_descriptors() == before
     diary.fail = lambda _: False
+
+
+@pytest.mark.parametrize("turns", [True, False], ids=["of a turn", "apart"])
+def test_listings_side_by_side_are_each_whole(root: Path, turns: bool) -> None:
+    names = [b"%03d" % number for number in range(50)]
+    at_turn_end: List[Callable[[], None]] = []
+    store = Store(root, Settings(listing_names=4), at_turn_end.append if turns else None)
+    (root / str(USER)).mkdir()
+    for name in names:
+        (root / str(USER) / os.fsdecode(name)).touch()
+    listings = [store.list(USER) for _ in range(3)]
+    for called in at_turn_end:
+        called()
+    while not all(listing.done for listing in listings):
+        for listing in listings:
+            if not listing.done:
+                listing.step()
+    assert [[*listing] for listing in listings] == [names] * 3
+    store.close()

@@ -136,7 +136,7 @@ TRIALS: Dict[str, Trial] = {
     "write_back_bytes": Trial([256 * KIB, 1 * MIB, 4 * MIB], _up_with_lists),
     "sync_seconds": Trial([0.002, 0.005, 0.01, 0.02, 10], _up_with_lists),
     "listing_names": Trial([256, 1024, 4096], _listing_with_lists),
-    "turn_seconds": Trial([0.001, 0.005, 0.01, 0.02], _listing_with_lists),
+    "turn_seconds": Trial([0.001, 0.002, 0.005, 0.01, 0.02], _listing_with_lists),
 }
 
 
