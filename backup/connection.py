@@ -19,8 +19,9 @@ Rules:
   follows the answer. Once the answer has passed, a peer that vanishes or stays
   is no failure.
 - No connection receives or sends more than ``turn_bytes`` in a turn.
-- One deadline: until the header is there it stands still, then it moves with
-  every byte, and while LINGERING it stands still again.
+- One deadline, see ``patience``: for the connection, the header and the close it
+  stands still; payloads must keep moving. Missed by a peer that still has to
+  send, it is answered, if the endpoint has an answer.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Dict, FrozenSet, NamedTuple, Optional, Union
 
-from .deadline import Deadline
 from .errors import BackupError, ConnectionFailed, CutShort, DeadlineMissed, Unreachable
+from .patience import Patience
 from .protocol import Cut, End, Head, Part, Receiver
 from .reactor import READ, WRITE, Reactor
 from .settings import Settings
@@ -98,6 +99,10 @@ class Endpoint:
         """
         raise NotImplementedError
 
+    def refuse(self, error: BackupError) -> Optional[Outgoing]:  # noqa: ARG002
+        """The exchange cannot go on; the answer that says so, if there is one to give."""
+        return None
+
     def sent(self) -> None:
         """The whole outgoing message is with the operating system."""
 
@@ -126,7 +131,6 @@ class Connection:
 
     __slots__ = (
         "_asks",
-        "_deadline",
         "_endpoint",
         "_head",
         "_headed",
@@ -181,9 +185,9 @@ class Connection:
         self._interest = 0
         self._waits_a_turn = not asks  # whether the first look for the peer's end is still to come
         self._may_receive = self._may_send = 0  # bytes, in what is left of this turn
-        self._headed = asks  # whether the deadline moves with every byte
-        self._patience = settings.connect_seconds if asks else settings.header_seconds
-        self._deadline: Optional[Deadline] = None  # made when there is something to wait for
+        self._headed = False  # whether the peer's header is there
+        seconds = settings.connect_seconds if asks else settings.header_seconds
+        self._patience = Patience(reactor, settings, seconds, self._missed)
 
     def start(self) -> None:
         """The server's end: serves what has arrived already."""
@@ -202,13 +206,13 @@ class Connection:
     def resume(self) -> None:
         """The server's end: what was put off is done, and the next bytes may come."""
         self._later = False
-        self._progress()
+        self._patience.keep_moving(paced=True)
         self._watch()
 
     def hurry(self, seconds: float) -> None:
         """Makes a connection that is LINGERING close after so long at the latest."""
-        if self.phase is _LINGERING and self._patience > seconds:
-            self._expect(seconds)
+        if self.phase is _LINGERING and self._patience.seconds > seconds:
+            self._patience.stand(seconds)
 
     def close(self, error: Optional[BackupError] = None) -> None:
         """Closes at once; ``error`` says why the answer has not passed."""
@@ -218,9 +222,7 @@ class Connection:
             error = None
         self._enter(_CLOSED)
         try:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+            self._patience.close()
             self._unwatch()
             self._unload()
         finally:  # even if the user interrupts
@@ -242,6 +244,7 @@ class Connection:
         """Begins to send the answer, unless the connection was closed since that was put off."""
         self._later = False
         if self.phase is not _CLOSED:
+            self._patience.keep_moving(paced=True)
             self._pump(WRITE)
 
     def _look_again(self) -> None:
@@ -255,7 +258,8 @@ class Connection:
             if self.phase is _CONNECTING:
                 settle(self._stream)
                 self.connected = True
-                self._enter(_EXCHANGING, self._settings.idle_seconds)
+                self._enter(_EXCHANGING)
+                self._patience.keep_moving(paced=True)
             if events & READ:
                 self._receive_some()
             if events & WRITE and self._outgoing is not None:
@@ -274,8 +278,12 @@ class Connection:
             if count is None:
                 return
             if count:
+                if self._asks and not self.begun:
+                    settings = self._settings
+                    self._patience.stand(min(settings.header_seconds, settings.idle_seconds))
                 self.begun = True
                 self._may_receive -= count
+                self._patience.moved(count)
                 parts = self._receiver.feed(room[:count])
             else:
                 self._hears = False
@@ -286,7 +294,6 @@ class Connection:
                     return
                 if self._outgoing is not None and not self._asks:
                     return  # first the answer; what else there is, is thrown away after it
-            self._progress()
             if count < len(room) or self._later:
                 return  # that was all there is for now, or is wanted
 
@@ -311,16 +318,19 @@ class Connection:
             return
         if answer is not None:
             self._later = True
+            self._patience.rest()
             if isinstance(answer, Outgoing):
                 self._load(answer)
                 self._reactor.at_turn_end(self._answer)
             else:
                 self._unwatch()
                 self._owner.put_off(self, answer)
-        if isinstance(part, Head):
+        elif isinstance(part, Head):
             self._headed = True
-        elif self._asks and isinstance(part, End):
-            self._enter(_LINGERING, self._settings.farewell_seconds)
+            self._patience.keep_moving(paced=True)
+        if self._asks and isinstance(part, End):
+            self._enter(_LINGERING)
+            self._patience.stand(self._settings.farewell_seconds)
         elif isinstance(part, Cut) and self._outgoing is None:
             raise CutShort(f"{self._stream.peer}: it ended inside the {part.state.value}")
 
@@ -341,7 +351,7 @@ class Connection:
                 if count is None or self.phase is _CLOSED:
                     return
                 self._may_send -= count
-                self._progress()
+                self._patience.moved(count)
         except ConnectionFailed as error:
             if not self._asks:
                 raise
@@ -353,7 +363,10 @@ class Connection:
         self._endpoint.sent()
         if not self._asks:
             self._stream.end()
-            self._enter(_LINGERING, self._settings.linger_seconds)
+            self._enter(_LINGERING)
+            self._patience.stand(self._settings.linger_seconds)
+        elif not self.begun:
+            self._patience.keep_moving(paced=False)  # the server may take its time to answer
 
     def _load(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
@@ -364,33 +377,36 @@ class Connection:
             self._outgoing.body.close()
         self._outgoing = None
 
-    def _enter(self, phase: Phase, patience: float = 0.0) -> None:
+    def _enter(self, phase: Phase) -> None:
         if phase not in PHASES[self.phase]:
             raise AssertionError(f"no way from {self.phase} to {phase}")
         self.phase = phase
-        self._expect(patience)
 
-    def _progress(self) -> None:
-        if self._headed and self.phase is _EXCHANGING:
-            self._expect(self._settings.idle_seconds)
-
-    def _expect(self, seconds: float) -> None:
-        """The peer now has this long for what comes next."""
-        self._patience = seconds
-        if self._deadline is not None:
-            self._deadline.move(seconds)
-
-    def _missed(self) -> None:
-        self._deadline = None
-        if self._later:  # it is not the peer who is late
-            return
-        peer, seconds = self._stream.peer, f"{self._patience:g} s"
+    def _missed(self, what: str) -> None:
+        peer = self._stream.peer
         if self.phase is _CONNECTING:
+            seconds = f"{self._patience.seconds:g} s"
             self.close(Unreachable(f"cannot connect to {peer}: no answer in {seconds}; try again"))
-        elif self._headed:
-            self.close(DeadlineMissed(f"{peer} was silent for {seconds}; try again"))
+        elif (self.begun and not self._headed) or not (self._headed or self._asks):
+            self.close(
+                DeadlineMissed(f"{peer} sent no whole header in {self._patience.seconds:g} s")
+            )
         else:
-            self.close(DeadlineMissed(f"{peer} sent no whole header in {seconds}"))
+            self._refuse(DeadlineMissed(f"{peer} {what}; try again"))
+
+    def _refuse(self, error: BackupError) -> None:
+        """Ends an exchange that cannot go on: with an answer, if there is still one to give."""
+        answer = None
+        if self.phase is _EXCHANGING and self._outgoing is None:
+            answer = self._endpoint.refuse(error)
+        if answer is None:
+            self.close(error)
+            return
+        self.send(answer)
+        if self.phase is _LINGERING:
+            self.hurry(self._settings.farewell_seconds)
+        else:
+            self.close(error)
 
     def _watch(self) -> None:
         """Asks the reactor for what this connection waits for."""
@@ -409,8 +425,7 @@ class Connection:
         if interest != self._interest:
             self._interest = interest
             self._reactor.watch(self._stream.socket, interest, self._ready)
-        if self._deadline is None:
-            self._deadline = self._reactor.deadline(self._patience, self._missed)
+        self._patience.watch()
 
     def _unwatch(self) -> None:
         if self._interest:

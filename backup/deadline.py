@@ -30,7 +30,11 @@ class Deadline:
 
     def move(self, seconds: float) -> None:
         """Makes it due ``seconds`` from now."""
-        self.when = self._queue.now() + seconds
+        self.move_to(self._queue.now() + seconds)
+
+    def move_to(self, when: float) -> None:
+        """Makes it due at ``when``, in seconds of the queue's clock."""
+        self.when = when
         if self.when < self.entered:
             self._queue.enter(self)
 
@@ -56,8 +60,12 @@ class Deadlines:
 
     def add(self, seconds: float, callback: Callable[[], None]) -> Deadline:
         """A deadline that is due ``seconds`` from now."""
+        return self.at(self.now() + seconds, callback)
+
+    def at(self, when: float, callback: Callable[[], None]) -> Deadline:
+        """A deadline that is due at ``when``, in seconds of this queue's clock."""
         deadline = Deadline(self, callback)
-        deadline.move(seconds)
+        deadline.move_to(when)
         return deadline
 
     def enter(self, deadline: Deadline) -> None:

@@ -63,6 +63,7 @@ class Reactor:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
+        self.time = clock()  # when this turn began to work: read without asking the clock again
         self._watched: Dict[int, _Watch] = {}
         self._deadlines = Deadlines(clock)
         self._calls: Deque[Callback] = deque()
@@ -116,6 +117,10 @@ class Reactor:
         """Calls ``callback`` once, ``seconds`` from now, unless it is moved or cancelled."""
         return self._deadlines.add(seconds, callback)
 
+    def deadline_at(self, when: float, callback: Callback) -> Deadline:
+        """The same at ``when``, in seconds of its clock."""
+        return self._deadlines.at(when, callback)
+
     def at_turn_end(self, callback: Callback) -> None:
         """Calls ``callback`` once when all that is ready in this turn has been served."""
         self._at_turn_end.append(callback)
@@ -137,7 +142,7 @@ class Reactor:
         ready = self._selector.select(self._patience())
         # What falls due while this turn works has to wait for the next: its bytes may have come
         # meanwhile, and a slow disk is no peer's fault.
-        began = self.now()
+        self.time = self.now()
         calls = len(self._calls)  # what is put off from here on is for the next turn
         for key, events in ready:
             # A callback before this one may have closed the socket, opened another of the same
@@ -147,7 +152,7 @@ class Reactor:
                 watch.callback(events)
         for _ in range(calls):
             self._calls.popleft()()
-        self._deadlines.fire(began)
+        self._deadlines.fire(self.time)
         while self._at_turn_end:
             work, self._at_turn_end = self._at_turn_end, []
             for put_off in work:

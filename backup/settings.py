@@ -58,10 +58,17 @@ class Settings:
     """How long the listener rests when the system is out of descriptors."""
 
     header_seconds: float = 10.0
-    """Header and filename must have come this long after the connection."""
+    """Header and filename must have come this long after the connection, at the server; and at the
+    client, so long after their first byte."""
 
     idle_seconds: float = 60.0
     """After that, the longest time in which not one byte moves, on either end."""
+
+    min_rate_bytes: int = 1 * KIB
+    """The fewest bytes a second of a payload, on average over ``rate_seconds``, on either end."""
+
+    rate_seconds: float = 30.0
+    """How long a payload may be slower than that before it is given up."""
 
     linger_seconds: float = 30.0
     """How long the server discards what comes after its answer, until the client closes."""

@@ -64,12 +64,16 @@ class Notes(Endpoint):
     """Notes the parts and what is sent; answers a kind of part, the first time, as told."""
 
     def __init__(self, **replies: Union[Outgoing, Later, BackupError]) -> None:
-        """``Head=...``, ``End=...`` and so on: what to return, or to raise, for that part."""
+        """``Head=...``, ``End=...`` and so on: what to return, or to raise, for that part.
+
+        ``refuse=...``: the answer to an exchange that cannot go on.
+        """
         self.kinds: List[str] = []
         self.payload = b""
         self.messages_sent = 0
         self.heard_end: List[Optional[BackupError]] = []
         self.act: Callable[[], None] = lambda: None  # with each part
+        self.refused: Optional[BackupError] = None
         self._replies = replies
 
     def take(self, part: Part) -> Union[Outgoing, Later, None]:
@@ -82,6 +86,12 @@ class Notes(Endpoint):
         reply = self._replies.pop(kind, None)
         if isinstance(reply, BackupError):
             raise reply
+        return reply
+
+    def refuse(self, error: BackupError) -> Optional[Outgoing]:
+        self.refused = error
+        reply = self._replies.pop("refuse", None)
+        assert reply is None or isinstance(reply, Outgoing)
         return reply
 
     def sent(self) -> None:
@@ -740,6 +750,7 @@ def test_before_the_header_is_there_no_byte_moves_the_deadline(house: House) -> 
 
 
 def test_after_the_header_every_byte_received_moves_the_deadline(house: House) -> None:
+    house.use(min_rate_bytes=0)
     ours, theirs = house.pair()
     connection = house.serve(ours, Notes())
     theirs.sendall(request(11, 100, NAME, b"", size=100))
@@ -770,6 +781,7 @@ def test_every_byte_that_the_peer_takes_moves_the_deadline(house: House) -> None
 
 
 def test_a_byte_that_comes_in_the_turn_of_the_deadline_is_in_time(house: House) -> None:
+    house.use(min_rate_bytes=0)
     ours, theirs = house.pair()
     connection = house.serve(ours, Notes())
     theirs.sendall(request(11, 100, NAME, b"", size=100))
@@ -848,17 +860,86 @@ def test_a_connection_that_is_not_made_in_time_is_unreachable(house: House) -> N
 
 
 def test_a_server_that_does_not_answer_misses_the_idle_deadline(house: House) -> None:
-    ours, theirs = house.pair()
+    ours, _ = house.pair()
     connection = house.ask(ours, Notes(), Outgoing(REQUEST))
     house.turn()
-    for byte in response(212, NAME, b"")[:-1]:
-        house.after(59)
-        theirs.send(bytes([byte]))
-        house.turn()
     house.after(59.9)
     assert connection.phase is EXCHANGING
     house.after(0.1)
     assert str(house.error()) == "server was silent for 60 s; try again"
+
+
+def test_the_answers_header_is_there_soon_after_its_first_byte(house: House) -> None:
+    ours, theirs = house.pair()
+    connection = house.ask(ours, Notes(), Outgoing(REQUEST))
+    house.turn()
+    house.after(59)
+    for byte in response(212, NAME, b"")[:-1]:
+        theirs.send(bytes([byte]))
+        house.after(1.3)
+        if connection.phase is CLOSED:
+            break
+    assert str(house.error()) == "server sent no whole header in 10 s"
+
+
+@pytest.mark.parametrize("a_second", [1, 1023])
+def test_a_payload_that_dribbles_is_given_up(a_second: int, house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes(refuse=Outgoing(response(1001, NAME)))
+    house.serve(ours, endpoint)
+    theirs.sendall(request(11, 100, NAME, b"", size=1 << 20))
+    house.turn()
+    for _ in range(30):
+        theirs.sendall(b"x" * a_second)
+        house.after(1)
+    assert read_all(theirs) == response(1001, NAME)
+    theirs.close()
+    house.turn()
+    assert isinstance(endpoint.refused, DeadlineMissed)
+    text = "client was slower than 1024 bytes a second for 30 s; try again"
+    assert str(endpoint.refused) == text
+
+
+def test_a_payload_that_comes_slowly_is_not(house: House) -> None:
+    ours, theirs = house.pair()
+    connection = house.serve(ours, Notes())
+    theirs.sendall(request(11, 100, NAME, b"", size=1 << 20))
+    house.turn()
+    for _ in range(100):
+        theirs.sendall(b"x" * 1024)
+        house.after(1)
+    assert connection.phase is EXCHANGING
+
+
+def test_an_answer_that_is_taken_byte_by_byte_is_given_up(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    house.serve(ours, Notes(End=retrieved(Spool(bytes(30 << 20)))))
+    for _ in range(60):  # the sockets' buffers fill in the first half
+        assert theirs.recv(1)
+        house.after(1)
+    assert isinstance(house.error(), DeadlineMissed)
+
+
+def test_a_server_that_takes_a_request_byte_by_byte_is_given_up(house: House) -> None:
+    ours, theirs = house.pair()
+    house.ask(ours, Notes(), backup(Spool(bytes(30 << 20))))
+    house.turn()
+    for _ in range(60):  # the sockets' buffers fill in the first half
+        assert theirs.recv(1)
+        house.after(1)
+    assert isinstance(house.error(), DeadlineMissed)
+
+
+def test_who_was_refused_for_dribbling_has_a_moment_to_close(house: House) -> None:
+    ours, theirs = house.pair()
+    connection = house.serve(ours, Notes(refuse=Outgoing(response(1001, NAME))))
+    theirs.sendall(request(11, 100, NAME, b"", size=1 << 20))
+    house.turn()
+    house.after(30)
+    assert connection.phase is LINGERING
+    house.after(house.settings.farewell_seconds)
+    assert connection.phase is CLOSED
 
 
 def test_a_server_that_answers_and_does_not_close_is_no_failure(house: House) -> None:
@@ -1217,6 +1298,7 @@ def test_it_may_put_off_again_and_again(house: House) -> None:
 def test_while_it_waits_it_misses_no_deadline_and_then_the_peer_has_its_time(
     seconds: float, house: House
 ) -> None:
+    house.use(min_rate_bytes=0)
     ours, theirs = house.pair()
     theirs.sendall(FIELDS + b"x")
     connection = house.serve(ours, Notes(Data=Later.STEP))
@@ -1231,6 +1313,7 @@ def test_while_it_waits_it_misses_no_deadline_and_then_the_peer_has_its_time(
 
 
 def test_a_deadline_that_began_before_it_waits_is_not_missed_then(house: House) -> None:
+    house.use(min_rate_bytes=0)
     ours, theirs = house.pair()
     connection = house.serve(ours, Notes(Data=Later.STEP))
     theirs.sendall(FIELDS)
