@@ -164,7 +164,8 @@ class Others:
     def share(self) -> float:
         """The share of all processors since it was made."""
         seconds = (time.monotonic() - self._began) * (os.cpu_count() or 1)
-        return round(max(0.0, self._used_by_others() - self._used) / seconds, 3)
+        used = self._used_by_others() - self._used  # in ticks, which a short while may exceed
+        return round(min(1.0, max(0.0, used / seconds)), 3)
 
     @staticmethod
     def _used_by_others() -> float:
