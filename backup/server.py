@@ -109,9 +109,9 @@ class Server(Owner):
 
     def serve_forever(self) -> None:
         """Serves until ``stop``, then closes everything; so does whatever is raised in here."""
-        self._log.add(logging.INFO, self.greeting)
         self._serving = True
         try:
+            self._log.add(logging.INFO, self.greeting)
             self._listen_again()
             while self._serving:
                 self._log.flush()
@@ -199,7 +199,11 @@ class Server(Owner):
                 self._rest(error)
                 return False
             return True  # a connection that was gone before it was accepted
-        accepted.append(self._connection(sock, format_address(address)))
+        try:
+            accepted.append(self._connection(sock, format_address(address)))
+        except BaseException:
+            sock.close()
+            raise
         return True
 
     def _wait_for_room(self) -> None:
