@@ -33,24 +33,25 @@ class Reclaim:
 
     def add(self, fd: int) -> None:
         """Takes over a file open for writing; its space is given back now or step by step."""
-        large = len(self._files) < _MOST_FILES and os.fstat(fd).st_size > self.piece_bytes
-        if large and disk.nobody_has(fd):
-            self._files.append(fd)
-        else:
-            os.close(fd)
+        with suppress(OSError):  # a disk in trouble: freed at once
+            large = len(self._files) < _MOST_FILES and os.fstat(fd).st_size > self.piece_bytes
+            if large and disk.nobody_has(fd):
+                self._files.append(fd)
+                return
+        disk.close(fd)
 
     def step(self) -> None:
         """Gives back a piece of one file."""
         fd = self._files[0]
-        size = os.fstat(fd).st_size
-        if size > self.piece_bytes:
-            with suppress(OSError):  # then it is freed at once
+        with suppress(OSError):  # then it is freed at once
+            size = os.fstat(fd).st_size
+            if size > self.piece_bytes:
                 # Up to a page's border: pages that sendfile(2) still has in a socket stay whole.
                 os.ftruncate(fd, (size - 1) // self.piece_bytes * self.piece_bytes)
                 return
-        os.close(self._files.popleft())
+        disk.close(self._files.popleft())
 
     def close(self) -> None:
         """Gives back all that is left, at once."""
         while self._files:
-            os.close(self._files.popleft())
+            disk.close(self._files.popleft())

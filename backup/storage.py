@@ -50,7 +50,7 @@ class Stored(NamedTuple):
 
     def close(self) -> None:
         """Lets go of the file."""
-        os.close(self.fd)
+        disk.close(self.fd)
 
     def read(self) -> bytes:
         """The whole file, which is then closed. Raises ``StoreFailed``."""
@@ -197,7 +197,7 @@ class Store:
             if self._at_turn_end is None:
                 self._close_read_folder()
         if not stat.S_ISREG(found.st_mode):
-            os.close(fd)
+            disk.close(fd)
             raise _not_found(user_id, name)
         return Stored(fd, found.st_size)
 
