@@ -22,6 +22,7 @@ from .client import Client
 from .commands import delete, get, list_names, put
 from .console import Console
 from .errors import BackupError, OutputFailed, Unreachable
+from .fault import describe
 from .log import Line, Log, to_stream
 from .names import show
 from .sequence import steps
@@ -188,6 +189,7 @@ def serve(options: argparse.Namespace, _: Console) -> int:
     raise_descriptor_limit()
     settings = Settings(fsync=not options.no_fsync)
     root = config.store_root(options.root, os.environ)
+    fault: Optional[Exception] = None
     with Server(root, address, settings, log) as server:
 
         def stop(*_: object) -> None:
@@ -200,8 +202,17 @@ def serve(options: argparse.Namespace, _: Console) -> int:
         if options.quiet:  # with port 0, this line alone tells which one it took
             to_stream(sys.stderr)([Line(logging.INFO, server.greeting)])
         with _on_signals(stop), _waking(server.wake_fd):
-            server.serve_forever()
+            try:
+                server.serve_forever()
+            except Exception as error:
+                fault = error
+    if fault is not None:  # everything is closed by now
+        for line in describe("a fault of this program ends the server", fault):
+            log.add(logging.CRITICAL, line)
+        log.flush()
     _exit_at_the_latest(in_seconds=0)
+    if fault is not None:
+        return FAILED
     return 0 if signals < 2 else INTERRUPTED
 
 
@@ -288,6 +299,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return INTERRUPTED
         except OSError as error:
             console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
+            return FAILED
+        except Exception as fault:
+            for line in describe("a fault of this program; please report it", fault):
+                console.error(line)
             return FAILED
 
 

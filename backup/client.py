@@ -16,7 +16,14 @@ from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tu
 
 from .address import format_address, resolve
 from .connection import Connection, Owner
-from .errors import BackupError, ConfigError, ConnectionFailed, LocalFileError, Unreachable
+from .errors import (
+    BackupError,
+    ConfigError,
+    ConnectionFailed,
+    InternalError,
+    LocalFileError,
+    Unreachable,
+)
 from .exchange import (
     Backup,
     Delete,
@@ -215,6 +222,11 @@ class Client(Owner):
             except BackupError as failure:
                 error = failure
         self._end(running, error)
+
+    def failed(self, connection: Connection, error: InternalError) -> None:
+        """Ends the job, and raises for whoever drives this client what was raised in it."""
+        connection.close(error)
+        raise error.fault
 
     def _one(self, job: Job, progress: Optional[Progress]) -> Outcome:
         outcomes: List[Outcome] = []

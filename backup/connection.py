@@ -19,6 +19,7 @@ Rules:
   follows the answer. Once the answer has passed, a peer that vanishes or stays
   is no failure.
 - No connection receives or sends more than ``turn_bytes`` in a turn.
+- An exception that nobody foresaw is this connection's alone: see ``fail``.
 - One deadline, see ``patience``: for the connection, the header and the close it
   stands still; payloads must keep moving. Missed by a peer that still has to
   send, it is answered, if the endpoint has an answer.
@@ -29,7 +30,14 @@ from __future__ import annotations
 from enum import Enum
 from typing import Dict, FrozenSet, NamedTuple, Optional, Union
 
-from .errors import BackupError, ConnectionFailed, CutShort, DeadlineMissed, Unreachable
+from .errors import (
+    BackupError,
+    ConnectionFailed,
+    CutShort,
+    DeadlineMissed,
+    InternalError,
+    Unreachable,
+)
 from .patience import Patience
 from .protocol import Cut, End, Head, Part, Receiver
 from .reactor import READ, WRITE, Reactor
@@ -99,12 +107,12 @@ class Endpoint:
         """
         raise NotImplementedError
 
-    def refuse(self, error: BackupError) -> Optional[Outgoing]:  # noqa: ARG002
-        """The exchange cannot go on; the answer that says so, if there is one to give."""
-        return None
-
     def sent(self) -> None:
         """The whole outgoing message is with the operating system."""
+
+    def refuse(self, error: BackupError) -> Optional[Outgoing]:
+        """The message to send because of ``error``, before any other was; None for none."""
+        raise NotImplementedError
 
     def closed(self, error: Optional[BackupError]) -> None:
         """The connection is closed; ``error`` is what kept the answer from passing."""
@@ -115,6 +123,10 @@ class Owner:
 
     def put_off(self, connection: Connection, later: Later) -> None:
         """The endpoint returned this: ``send`` or ``resume`` is awaited, now or in a later turn."""
+        raise NotImplementedError
+
+    def failed(self, connection: Connection, error: InternalError) -> None:
+        """The connection ends by a fault of this program, unless this raises what goes on."""
         raise NotImplementedError
 
     def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
@@ -132,6 +144,7 @@ class Connection:
     __slots__ = (
         "_asks",
         "_endpoint",
+        "_faulty",
         "_head",
         "_headed",
         "_hears",
@@ -182,12 +195,18 @@ class Connection:
         self._head: Union[bytes, memoryview] = b""  # what is left of its fields
         self._later = False  # whether the turn's end, or the owner, is to go on
         self._send_error: Optional[ConnectionFailed] = None
+        self._faulty = False
         self._interest = 0
         self._waits_a_turn = not asks  # whether the first look for the peer's end is still to come
         self._may_receive = self._may_send = 0  # bytes, in what is left of this turn
         self._headed = False  # whether the peer's header is there
         seconds = settings.connect_seconds if asks else settings.header_seconds
         self._patience = Patience(reactor, settings, seconds, self._missed)
+
+    @property
+    def peer(self) -> str:
+        """The other end's name in messages."""
+        return self._stream.peer
 
     def start(self) -> None:
         """The server's end: serves what has arrived already."""
@@ -207,7 +226,29 @@ class Connection:
         """The server's end: what was put off is done, and the next bytes may come."""
         self._later = False
         self._patience.keep_moving(paced=True)
-        self._watch()
+        self._pump(0)
+
+    def fail(self, fault: Exception) -> None:
+        """Ends a connection in which something was raised that nobody foresaw.
+
+        The owner hears of it first. If nothing of an answer was sent yet, the
+        endpoint may still send one; a second fault closes at once.
+        """
+        error = InternalError(fault)
+        self._owner.failed(self, error)
+        answer = None
+        if not self._faulty and self._has_sent_nothing():
+            self._faulty = True
+            try:
+                self._unload()
+                answer = self._endpoint.refuse(error)
+            except Exception as another:
+                self.fail(another)
+                return
+        if answer is None:
+            self.close(error)
+        else:
+            self.send(answer)
 
     def hurry(self, seconds: float) -> None:
         """Makes a connection that is LINGERING close after so long at the latest."""
@@ -222,23 +263,27 @@ class Connection:
             error = None
         self._enter(_CLOSED)
         try:
+            self._let_go(error)
+        except Exception as fault:
+            self._owner.failed(self, InternalError(fault))
+        finally:
+            self._owner.closed(self, error)
+
+    def _let_go(self, error: Optional[BackupError]) -> None:
+        try:
             self._patience.close()
             self._unwatch()
             self._unload()
         finally:  # even if the user interrupts
             self._stream.close()
             self._endpoint.closed(error)
-            self._owner.closed(self, error)
 
     def _ready(self, events: int) -> None:
         """The reactor's callback, once a turn."""
         if self._later:
             return
         self._may_receive = self._may_send = self._settings.turn_bytes
-        if self.phase is _LINGERING and not self._asks:
-            self._discard()
-        else:
-            self._pump(events)
+        self._pump(events)
 
     def _answer(self) -> None:
         """Begins to send the answer, unless the connection was closed since that was put off."""
@@ -260,16 +305,22 @@ class Connection:
                 self.connected = True
                 self._enter(_EXCHANGING)
                 self._patience.keep_moving(paced=True)
-            if events & READ:
+            if self.phase is _LINGERING and not self._asks:
+                self._discard()
+            elif events & READ:
                 self._receive_some()
             if events & WRITE and self._outgoing is not None:
                 self._send_some()
-            if not self._hears and self.phase is _LINGERING:
-                self.close()
+            over = not self._hears and self.phase is _LINGERING
+            if not over and self.phase is not _CLOSED:
+                self._watch()
         except BackupError as error:
             self.close(error)
-        if self.phase is not _CLOSED:
-            self._watch()
+        except Exception as fault:
+            self.fail(fault)
+        else:
+            if over:
+                self.close()
 
     def _receive_some(self) -> None:
         while self._may_receive > 0 and self._hears:
@@ -308,7 +359,6 @@ class Connection:
                 self._may_receive -= count
         except ConnectionFailed:
             self._hears = False
-        self._watch() if self._hears else self.close()
 
     def _take(self, part: Part) -> None:
         if self._send_error is not None and isinstance(part, Cut):
@@ -359,23 +409,29 @@ class Connection:
             self._send_error = error
             self._unload()
             return
-        self._unload()
-        self._endpoint.sent()
         if not self._asks:
             self._stream.end()
             self._enter(_LINGERING)
             self._patience.stand(self._settings.linger_seconds)
         elif not self.begun:
             self._patience.keep_moving(paced=False)  # the server may take its time to answer
+        self._unload()
+        self._endpoint.sent()
+
+    def _has_sent_nothing(self) -> bool:
+        """Whether this is the answering end, and not a byte of an answer has left."""
+        if self._asks or self.phase is not _EXCHANGING:
+            return False
+        return self._outgoing is None or len(self._head) == len(self._outgoing.head)
 
     def _load(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         self._head = outgoing.head
 
     def _unload(self) -> None:
-        if self._outgoing is not None and self._outgoing.body is not None:
-            self._outgoing.body.close()
-        self._outgoing = None
+        outgoing, self._outgoing = self._outgoing, None
+        if outgoing is not None and outgoing.body is not None:
+            outgoing.body.close()
 
     def _enter(self, phase: Phase) -> None:
         if phase not in PHASES[self.phase]:
@@ -397,7 +453,7 @@ class Connection:
     def _refuse(self, error: BackupError) -> None:
         """Ends an exchange that cannot go on: with an answer, if there is still one to give."""
         answer = None
-        if self.phase is _EXCHANGING and self._outgoing is None:
+        if self._outgoing is None and self._has_sent_nothing():
             answer = self._endpoint.refuse(error)
         if answer is None:
             self.close(error)

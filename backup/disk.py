@@ -89,7 +89,7 @@ class Folder:
             fd = os.open(path, access | _SAFELY | _BINARY)
             if os.path.samestat(before, status(fd)):
                 return fd
-            os.close(fd)  # another has taken its place meanwhile: a newer file, or a link
+            close(fd)  # another has taken its place meanwhile: a newer file, or a link
 
     def status(self, name: bytes) -> Optional[os.stat_result]:
         """``lstat(2)`` of what has this name; None for nothing."""
@@ -136,8 +136,7 @@ class DescriptorFolder(Folder):
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def close(self) -> None:
-        with suppress(OSError):  # nothing was written through it that could be lost
-            os.close(self._fd)
+        close(self._fd)
 
     def open(self, name: bytes, access: int = os.O_RDONLY) -> int:
         return os.open(name, access | _SAFELY | _BINARY, dir_fd=self._fd)
@@ -202,9 +201,15 @@ def status(fd: int) -> os.stat_result:
     """``fstat(2)``; closes the descriptor when that fails."""
     try:
         return os.fstat(fd)
-    except OSError:
-        os.close(fd)
+    except BaseException:
+        close(fd)
         raise
+
+
+def close(fd: int) -> None:
+    """Closes what nothing was written by that a failure could still tell to be lost."""
+    with suppress(OSError):  # the descriptor is gone all the same (close(2))
+        os.close(fd)
 
 
 def sync(fd: int) -> None:

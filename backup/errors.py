@@ -18,6 +18,7 @@ the command line returns.
     │   ├── CutShort           the peer ended in the middle of a message
     │   └── DeadlineMissed     the peer was silent for too long
     ├── ProtocolError          the peer's bytes are not the protocol
+    ├── InternalError          a fault of this program, which nobody foresaw
     ├── LocalFileError         a file on the client's side cannot be read or written
     │   ├── FileChanged        it grew, shrank or was rewritten while it was read
     │   └── TargetExists       it is there already and may not be overwritten
@@ -103,6 +104,16 @@ class ProtocolError(BackupError):
     """The peer's bytes are not the protocol, or not the answer to this request."""
 
     reason = "protocol"
+
+
+class InternalError(BackupError):
+    """Something was raised that nobody foresaw, ``fault``: a bug of this program."""
+
+    reason = "bug"
+
+    def __init__(self, fault: Exception) -> None:
+        super().__init__(f"a fault of this program ({type(fault).__name__}); please report it")
+        self.fault = fault
 
 
 class LocalFileError(BackupError):

@@ -43,24 +43,19 @@ class Reclaim:
             if large and disk.nobody_has(fd):
                 self._files.append(fd)
                 return
-        _let_go(fd)
+        disk.close(fd)
 
     def step(self) -> None:
         """Gives back a piece of one file."""
         fd = self._files[0]
-        with suppress(OSError):  # then all of it is freed at once
+        with suppress(OSError):  # then it is freed at once
             size = os.fstat(fd).st_size
             if size > self.piece_bytes:
                 os.ftruncate(fd, (size - 1) // self.piece_bytes * self.piece_bytes)
                 return
-        _let_go(self._files.popleft())
+        disk.close(self._files.popleft())
 
     def close(self) -> None:
         """Gives back all that is left, at once."""
         while self._files:
-            _let_go(self._files.popleft())
-
-
-def _let_go(fd: int) -> None:
-    with suppress(OSError):  # nobody misses what was in it
-        os.close(fd)
+            disk.close(self._files.popleft())

@@ -7,7 +7,8 @@ off is done piece by piece until ``turn_seconds`` have passed; and what is left
 waits for the next turn. No more connections are accepted than descriptors can serve; the
 others wait. When the system is out of them all the same, the listener rests, and
 nothing that was accepted is dropped. ``stop`` ends the listening and lets running requests
-finish; a second one does not wait.
+finish; a second one does not wait. A fault of this program ends the one connection that it came
+out of; one that came out of none ends the server, with everything closed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import os
 import socket
 import sys
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Deque, Dict, List, Optional, Tuple, Union
 
 from .address import format_address, resolve
 from .connection import Connection, Later, Outgoing, Owner, Phase
-from .errors import BackupError, ListenFailed
+from .errors import BackupError, InternalError, ListenFailed
+from .fault import describe
 from .log import Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
@@ -108,10 +110,10 @@ class Server(Owner):
         return self._reactor.wake_fd
 
     def serve_forever(self) -> None:
-        """Serves until ``stop``, then closes everything."""
-        self._log.add(logging.INFO, self.greeting)
+        """Serves until ``stop``, then closes everything; so does whatever is raised in here."""
         self._serving = True
         try:
+            self._log.add(logging.INFO, self.greeting)
             self._listen_again()
             while self._serving:
                 self._log.flush()
@@ -136,15 +138,21 @@ class Server(Owner):
         if self._closed:
             return
         self._closed = True
-        self._close_connections()
-        self._listener.close()
-        self._store.close()
-        self._reactor.close()
-        self._log.flush()
+        with ExitStack() as last_first:  # each, whatever comes out of the others
+            last_first.callback(self._log.flush)
+            last_first.callback(self._reactor.close)
+            last_first.callback(self._store.close)
+            last_first.callback(self._listener.close)
+            last_first.callback(self._close_connections)
 
     def put_off(self, connection: Connection, later: Later) -> None:
         (self._to_commit if later is Later.COMMIT else self._to_step).append(connection)
         self._settle_soon()
+
+    def failed(self, connection: Connection, error: InternalError) -> None:
+        what = f"a fault of this program ends a connection peer={connection.peer}"
+        for line in describe(what, error.fault):
+            self._log.add(logging.ERROR, line)
 
     def _settle_soon(self) -> None:
         if not self._settling:
@@ -193,7 +201,11 @@ class Server(Owner):
                 self._rest(error)
                 return False
             return True  # a connection that was gone before it was accepted
-        accepted.append(self._connection(sock, format_address(address)))
+        try:
+            accepted.append(self._connection(sock, format_address(address)))
+        except BaseException:
+            sock.close()
+            raise
         return True
 
     def _wait_for_room(self) -> None:
@@ -256,14 +268,26 @@ class Server(Owner):
                 changes.append(session.change)
             self._to_commit.popleft()
         for (connection, session), error in zip(batch, self._store.commit(changes)):
-            connection.send(session.committed(error))
+            if isinstance(error, InternalError):
+                connection.fail(error.fault)
+                continue
+            try:
+                answer = session.committed(error)
+            except Exception as fault:
+                connection.fail(fault)
+            else:
+                connection.send(answer)
 
     def _step(self, connection: Connection) -> None:
         """Does one piece of a connection's work."""
         session = self._sessions.get(connection)
         if session is None:
             return  # closed meanwhile
-        then = session.step()
+        try:
+            then = session.step()
+        except Exception as fault:
+            connection.fail(fault)
+            return
         if isinstance(then, Outgoing):
             connection.send(then)
         elif then is None:

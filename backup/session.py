@@ -56,6 +56,7 @@ class StoredBody(Body):
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
+        self._open = True
         self._offset = 0
         self.remaining = stored.size
 
@@ -73,7 +74,9 @@ class StoredBody(Body):
         return count
 
     def close(self) -> None:
-        self._stored.close()
+        if self._open:
+            self._open = False
+            self._stored.close()
 
 
 class ListedBody(Body):
@@ -167,6 +170,8 @@ class Session(Endpoint):
 
     def step(self) -> Union[Outgoing, Later, None]:
         """Does the piece of work that was put off; an answer, more of it, or the next bytes."""
+        if self._status is not None:
+            return None  # it was refused meanwhile
         try:
             if isinstance(self.change, Upload):
                 self.change.catch_up()
@@ -180,8 +185,15 @@ class Session(Endpoint):
             return self._fail(error)
 
     def refuse(self, error: BackupError) -> Optional[Outgoing]:
-        answerable = self._request is not None and self._status is None
-        return self._fail(error) if answerable else None
+        """The failure of the operation, if it is known, whatever was to be the answer."""
+        if self._request is None:
+            return None
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+        if self._request.op != Op.BACKUP:  # of which these have arrived
+            self._bytes = 0
+        return self._fail(error)
 
     def sent(self) -> None:
         self._write_line()

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Union
 
 from . import disk
-from .errors import BackupError, NotFound, StoreFailed
+from .errors import BackupError, InternalError, NotFound, StoreFailed
 from .listing import Listing
 from .names import decode, escape
 from .reclaim import Reclaim
@@ -50,7 +50,7 @@ class Stored(NamedTuple):
 
     def close(self) -> None:
         """Lets go of the file."""
-        os.close(self.fd)
+        disk.close(self.fd)
 
     def read(self) -> bytes:
         """The whole file, which is then closed. Raises ``StoreFailed``."""
@@ -144,8 +144,8 @@ class Store:
     def commit(self, changes: Sequence[Change]) -> List[Optional[BackupError]]:
         """Makes changes take effect, in order, and says of each how it ended.
 
-        One result a change, None for success: ``StoreFailed``, or ``NotFound``
-        for a removal. A change that failed has changed nothing, unless it was
+        One result a change, None for success: ``StoreFailed``, ``NotFound`` for
+        a removal, or ``InternalError``. A change that failed has changed nothing, unless it was
         the folder that could not be made durable: then the name stands for the
         older file or for the new one. Every upload is finished: its temporary
         file is in place or gone.
@@ -164,9 +164,9 @@ class Store:
             each(partial(self._apply, folders))
             if self._settings.fsync:
                 each(partial(self._make_durable, folders))
-        for change, failure in zip(changes, failures):
-            if isinstance(change, Upload):
-                change.close() if failure is None else change.abort()
+        for place, failure in enumerate(failures):
+            finish = _close if failure is None else _abort
+            failures[place] = self._attempt(finish, changes[place]) or failure
         return failures
 
     @property
@@ -197,7 +197,7 @@ class Store:
             if self._at_turn_end is None:
                 self._close_read_folder()
         if not stat.S_ISREG(found.st_mode):
-            os.close(fd)
+            disk.close(fd)
             raise _not_found(user_id, name)
         return Stored(fd, found.st_size)
 
@@ -246,6 +246,8 @@ class Store:
             return error
         except OSError as error:
             return disk.failed("cannot change", self._user_path(change.user_id), error)
+        except Exception as fault:  # the others of the batch are to be answered all the same
+            return InternalError(fault)
         return None
 
     def _apply(self, folders: _Folders, change: Change) -> None:
@@ -351,7 +353,7 @@ class Store:
             try:
                 if upload.claim():
                     return upload
-            except OSError:
+            except BaseException:
                 upload.abort()
                 raise
             upload.abort()  # another start swept it between the two calls: a new one
@@ -363,7 +365,7 @@ class _Folders:
     def __init__(self, find: Callable[[int, bool], disk.Folder]) -> None:
         self._find = find
         self._open: Dict[int, disk.Folder] = {}
-        self._synced: Dict[int, Optional[OSError]] = {}  # and how it ended
+        self._synced: Dict[int, Optional[Exception]] = {}  # and how it ended
 
     def __enter__(self) -> _Folders:
         return self
@@ -391,7 +393,7 @@ class _Folders:
             self._synced[key] = None
             try:
                 sync()
-            except OSError as error:
+            except Exception as error:
                 self._synced[key] = error
         failure = self._synced[key]
         if failure is not None:
@@ -406,6 +408,16 @@ def _start_write_back(change: Change) -> None:
 def _settle(change: Change) -> None:
     if isinstance(change, Upload):
         change.settle()
+
+
+def _close(change: Change) -> None:
+    if isinstance(change, Upload):
+        change.close()
+
+
+def _abort(change: Change) -> None:
+    if isinstance(change, Upload):
+        change.abort()
 
 
 def _open_file(folder: disk.Folder, name: bytes) -> int:
