@@ -139,6 +139,8 @@ class GoodClient:
         return Content(self._serial, self._random.randint(least, most))
 
     def _ended(self, operation: Operation, outcome: Outcome) -> None:
+        if self._soak.given_up:
+            return
         again = self._soak.ended(operation, outcome, self.user_id)
         if self._soak.going_on:
             self.begin(operation if again else None)
@@ -154,6 +156,7 @@ class Soak:
         self.lives = Lives(work / "store")
         self.client = Client(("127.0.0.1", 0), 0)  # with the server's address when there is one
         self.going_on = True
+        self.given_up = False  # what is under way is cancelled, and says nothing of the server
         self._chosen = chosen
         self._random = random.Random(f"{chosen.seed} director")
         self._faults: List[Fault] = []
@@ -268,6 +271,7 @@ class Soak:
             mischief = self._mischief()
             stack.enter_context(mischief)
             stack.callback(mischief.kill)
+            stack.callback(self._give_up)
             self._load()
             said, _ = mischief.communicate()
             self.mischief = json.loads(said or "{}")
@@ -275,6 +279,9 @@ class Soak:
                 self._fail("the soak's own: the bad clients ended by themselves")
             self._settle()
             self._end()
+
+    def _give_up(self) -> None:
+        self.given_up = True
 
     def _mischief(self) -> subprocess.Popen[bytes]:
         host, port = self.lives.address
