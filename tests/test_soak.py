@@ -329,7 +329,7 @@ def number(text: str, title: str) -> int:
 
 def test_a_short_run_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    quick = ["--seconds", "4", "--kill-every", "1.2", "--fault-every", "0.3", "--seed", "2"]
+    quick = ["--seconds", "4", "--kill-every", "0.9", "--fault-every", "0.3", "--seed", "2"]
     done = subprocess.run(
         command(work, *quick),
         capture_output=True,

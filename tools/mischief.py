@@ -92,10 +92,11 @@ def dribble(sock: socket.socket, rng: random.Random) -> Script:
 def reset(sock: socket.socket, rng: random.Random) -> Script:
     """Breaks off with RST, at any byte, or when the answer has begun."""
     size = rng.randrange(1, 64 * KIB)
-    whole = rng.choice([_question(rng), _upload(rng, size) + _BLOCK[:size]])
+    upload = _upload(rng, size) + _BLOCK[:size]
+    whole = rng.choice([_question(rng), upload, upload])
     yield WRITE
     sock.send(whole[: rng.randrange(1, len(whole) + 1)])
-    if rng.random() < 0.5:
+    if rng.random() < 0.8:
         yield rng.uniform(0.0, 0.05)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 

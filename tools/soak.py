@@ -7,8 +7,9 @@
 Rules: the server is a real process (``lives``). What it acknowledges goes into a
 ``ledger``; each RETRIEVE and LIST is held against that, and, at each kill, before
 the next start, the disk is, byte for byte. At the end all clients go, the
-descriptors are counted, and after a last kill and a last start the store is held
-against the ledger twice more: through the server, and on the disk.
+descriptors are counted (for which the last life is not cut short), and after a
+last kill and a last start the store is held against the ledger twice more:
+through the server, and on the disk.
 A good client does one request at a time and repeats it when a kill cut it off.
 Its names are changed by nobody else; other clients of its user read them.
 A refusal needs a fault beside it, and a connection that breaks a kill; any other
@@ -308,7 +309,7 @@ class Soak:
             if now >= end:
                 self.going_on = False
                 self._end_fault()
-            elif now >= next_kill:
+            elif now >= next_kill and now < end - self._chosen.kill_every:
                 self._kill()
                 next_kill = now + self._about(self._chosen.kill_every)
             elif now >= next_fault:
