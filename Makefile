@@ -5,7 +5,7 @@ VENV = .venv
 IN_VENV = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve client test tox lint load bench zipapp clean
+.PHONY: help demo serve client test tox lint load soak bench zipapp clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: $(VENV)/tox-ready ## run the linter and the type checker
 
 load: ## run 1000 clients against the server in server.info
 	@$(PYTHON) tools/load_test.py --clients 1000
+
+soak: ## two minutes of good and bad clients, kills and a bad disk; OPTIONS='--seconds 600' passes on
+	@$(PYTHON) tools/soak.py $(OPTIONS)
 
 bench: $(VENV)/bench-ready ## measure against other servers, into docs; OPTIONS='--rounds 3' passes some on
 	@$(IN_VENV)/python tools/bench.py $(OPTIONS)

@@ -199,9 +199,10 @@ def serve(options: argparse.Namespace, _: Console) -> int:
             if signals > 1:
                 _exit_at_the_latest(in_seconds=1)
 
-        if options.quiet:  # with port 0, this line alone tells which one it took
-            to_stream(sys.stderr)([Line(logging.INFO, server.greeting)])
         with _on_signals(stop), _waking(server.wake_fd):
+            # From its first line on, a signal drains it.
+            if options.quiet:  # with port 0, this line alone tells which one it took
+                to_stream(sys.stderr)([Line(logging.INFO, server.greeting)])
             try:
                 server.serve_forever()
             except Exception as error:

@@ -221,6 +221,8 @@ class Session(Endpoint):
             self._log.add(
                 logging.DEBUG, f"closed without a request reason={error.reason} peer={self._peer}"
             )
+        # Its traceback has the frames that have this session: a cycle, and all that hangs on it.
+        self._error = None
 
     def _begin(self, request: Request) -> Union[Outgoing, Later, None]:
         self._request = request

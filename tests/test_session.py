@@ -7,6 +7,7 @@ moves it. Where a body is sent, it goes through a real pair of sockets.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -30,7 +31,7 @@ from backup.stream import Stream
 from backup.upload import Upload
 from backup.wire import MAX_FILE_BYTES, Request
 from tests.conftest import open_descriptors
-from tests.helpers import file_payload, request, response
+from tests.helpers import RunningServer, ask, file_payload, request, response
 
 BACKUP, RETRIEVE, DELETE, LIST = 100, 200, 201, 202
 PEER = "127.0.0.1:50000"
@@ -1154,3 +1155,15 @@ def test_a_name_longer_than_any_lawful_one_is_cut_in_the_log(bench: Bench) -> No
     session.sent()
     (line,) = bench.lines
     assert f" file={'n' * 255}… status=1003 " in line.text
+
+
+def test_a_refused_request_leaves_nothing_for_the_garbage_collector(server: RunningServer) -> None:
+    gc.collect()
+    gc.disable()  # what only a collection would free would pile up between two of them
+    try:
+        ask(server.address, request(7, 100, b"../a", b"xyz"))
+        server.wait_for_line(lambda line: "reason=name" in line)
+        server.stop()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, Session)]
+    finally:
+        gc.enable()
