@@ -38,6 +38,18 @@ def format_address(address: Tuple[object, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_loopback(family: int, place: Tuple[object, ...]) -> bool:
+    """Whether only this machine can reach a socket address, as ``resolve`` or a socket gives it.
+
+    That is 127.0.0.0/8 (RFC 1122, 3.2.1.3), ::1 (RFC 4291, 2.5.3), and the former written as the
+    latter.
+    """
+    host = str(place[0])
+    if family == socket.AF_INET6:
+        return host.partition("%")[0] == "::1" or host.startswith("::ffff:127.")
+    return family == socket.AF_INET and host.startswith("127.")
+
+
 def resolve(address: Address) -> List[Tuple[int, Tuple[object, ...]]]:
     """Family and socket address of each thing the address stands for, at least one.
 

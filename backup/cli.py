@@ -124,6 +124,11 @@ def _serve_options(sub: Parser) -> None:
         help=f"keep the files in DIR (default: $BACKUP_BASE_DIR or {config.DEFAULT_ROOT})",
     )
     sub.add_argument(
+        "--allow-anonymous",
+        action="store_true",
+        help="listen where other machines can reach it: there are no passwords",
+    )
+    sub.add_argument(
         "--no-fsync",
         action="store_true",
         help="answer without waiting for the disk: a power cut then loses acknowledged files",
@@ -188,7 +193,10 @@ def serve(options: argparse.Namespace, _: Console) -> int:
     raise_descriptor_limit()
     settings = Settings(fsync=not options.no_fsync)
     root = config.store_root(options.root, os.environ)
-    with Server(root, address, settings, log) as server:
+    with (
+        _umask(0o077),
+        Server(root, address, settings, log, allow_anonymous=options.allow_anonymous) as server,
+    ):
 
         def stop(*_: object) -> None:
             nonlocal signals
@@ -236,6 +244,16 @@ def _exit_at_the_latest(in_seconds: int) -> None:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, exit_now)
         signal.alarm(in_seconds)
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """Files that are made meanwhile have the modes they were given, less this."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextmanager

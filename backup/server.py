@@ -21,16 +21,17 @@ from collections import deque
 from contextlib import suppress
 from typing import Deque, Dict, List, Optional, Tuple, Union
 
-from .address import format_address, resolve
+from .address import format_address
 from .connection import Connection, Later, Outgoing, Owner, Phase
-from .errors import BackupError, ListenFailed
+from .errors import BackupError
+from .listener import cannot_listen, listen
 from .log import Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
 from .session import Session
 from .settings import Settings
 from .storage import Change, Store
-from .stream import Stream, no_delay
+from .stream import Stream
 
 try:
     import resource
@@ -49,9 +50,11 @@ class Server(Owner):
     """Serves the store below ``root`` on ``address`` (host and port; port 0 takes a free one).
 
     It is bound and listening when the constructor returns; ``address`` then has
-    the real port. Raises ``ListenFailed``, ``StoreFailed`` or, for a host name
-    nobody knows, ``Unreachable``. ``log`` says where lines go; by default
-    to the logger ``backup`` of the module ``logging``.
+    the real port. Raises ``ListenFailed``, ``StoreFailed``, for a host name
+    nobody knows ``Unreachable``, and for an address that other machines can
+    reach ``ConfigError``, unless ``allow_anonymous``: there are no passwords.
+    ``log`` says where lines go; by default to the logger ``backup`` of the
+    module ``logging``.
     """
 
     def __init__(
@@ -60,15 +63,17 @@ class Server(Owner):
         address: Tuple[str, int] = ("127.0.0.1", 1234),
         settings: Settings = Settings(),
         log: Optional[Log] = None,
+        *,
+        allow_anonymous: bool = False,
     ) -> None:
         self._settings = settings
         self._log = Log(to_logging) if log is None else log
-        self._listener = _listen(address, settings.backlog)
+        self._listener = listen(address, settings.backlog, allow_anonymous)
         try:
             self._reactor = Reactor()
         except OSError as error:
             self._listener.close()
-            raise _cannot_listen(address, error, "close what it has open") from error
+            raise cannot_listen(address, error, "close what it has open") from error
         try:
             self._store = Store(root, settings, self._reactor.at_turn_end)
         except BaseException:
@@ -323,32 +328,3 @@ def raise_descriptor_limit() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with suppress(OSError, ValueError):  # macOS calls its hard limit infinite, and refuses it
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
-    family, place = resolve(address)[0]
-    try:
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise _cannot_listen(address, error, "take another address") from error
-    try:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where REUSEADDR would share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        no_delay(listener)
-        listener.bind(place)
-        listener.listen(backlog)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        taken = "stop what listens there or take another port: --listen HOST:PORT"
-        other = "take another address: --listen HOST:PORT"
-        hint = taken if error.errno == errno.EADDRINUSE else other
-        raise _cannot_listen(address, error, hint) from error
-    return listener
-
-
-def _cannot_listen(address: Tuple[str, int], error: OSError, hint: str) -> ListenFailed:
-    reason = (error.strerror or str(error)).lower()
-    return ListenFailed(f"cannot listen on {format_address(address)}: {reason}; {hint}")

@@ -7,7 +7,7 @@ from typing import Tuple
 
 import pytest
 
-from backup.address import EXPECTED, format_address, parse, resolve
+from backup.address import EXPECTED, format_address, is_loopback, parse, resolve
 from backup.errors import ConfigError, Unreachable
 
 
@@ -77,6 +77,34 @@ def test_what_is_refused_is_shown_harmless() -> None:
 def test_an_address_is_shown_as_it_is_read(address: Tuple[object, ...], text: str) -> None:
     assert format_address(address) == text
     assert parse(text) == address[:2]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.255.255.254", True),
+        ("::1", True),
+        ("::1%lo", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("128.0.0.1", False),
+        ("10.127.0.1", False),
+        ("::", False),
+        ("::11", False),
+        ("2001:db8::1", False),
+        ("fe80::1", False),
+        ("::ffff:0.0.0.0", False),
+        ("::ffff:10.0.0.1", False),
+    ],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    assert is_loopback(family, (host, 1234)) is expected
+
+
+def test_an_address_of_a_family_that_is_not_known_is_not_taken_for_loopback() -> None:
+    assert not is_loopback(socket.AF_NETLINK, ("127.0.0.1", 1))
 
 
 def test_an_address_resolves_to_what_a_socket_takes() -> None:

@@ -339,6 +339,51 @@ def test_serve_on_a_port_that_is_taken_says_so(user: User) -> None:
     assert said == ("", errors(message), 1)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_serve_where_other_machines_reach_it_has_to_be_allowed(
+    user: User, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    arguments = ["serve", "--listen", f"{host}:0", "--root", "store"]
+    out, err, code = user.types(*arguments)
+    assert (out, code) == ("", 2)
+    assert err.startswith(f"backup: will not listen on {host}:0: there are no passwords, ")
+    assert err.endswith("; listen on 127.0.0.1, or allow it: --allow-anonymous\n")
+    assert err.count("\n") == 1
+    assert not (user.folder / "store").exists()
+    with reacting(monkeypatch, (f"Listening on {host}:", sending(signal.SIGTERM))):
+        assert main([*arguments, "--allow-anonymous"]) == 0
+
+
+def test_serve_in_a_root_that_others_may_write_says_what_to_do(user: User) -> None:
+    (user.folder / "store").mkdir(mode=0o777)
+    (user.folder / "store").chmod(0o777)
+    out, err, code = user.types(*SERVE)
+    assert (out, code) == ("", 1)
+    assert err.endswith("take that from them: chmod go-w\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_what_serve_makes_is_its_accounts_alone_whatever_the_umask(
+    user: User, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    def use(line: str) -> None:
+        with connect(address_of(line)) as sock:
+            sock.sendall(request(USER, 100, b"a", b"xyz"))
+            read_all(sock)
+        sending(signal.SIGTERM)(line)
+
+    before = os.umask(umask)
+    try:
+        with reacting(monkeypatch, ("Listening", use)):
+            assert main(SERVE) == 0
+    finally:
+        assert os.umask(before) == umask
+    store = user.folder / "store"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (store, *store.rglob("*"))}
+    assert modes == {"store": 0o700, ".tmp": 0o700, str(USER): 0o700, "a": 0o600}
+
+
 def test_serve_in_a_store_that_cannot_be_written_says_so(user: User) -> None:
     out, err, code = user.types("serve", "--listen", "127.0.0.1:0", "--root", "a.txt/store")
     assert (out, code) == ("", 1)
