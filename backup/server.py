@@ -19,12 +19,12 @@ import socket
 import sys
 from collections import deque
 from contextlib import suppress
-from typing import Deque, Dict, List, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
-from .address import format_address
+from .address import Address, UnixSocket, bound, format_address
 from .connection import Connection, Later, Outgoing, Owner, Phase
 from .errors import BackupError
-from .listener import cannot_listen, listen
+from .listener import adopt, cannot_listen, listen
 from .log import Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
@@ -47,20 +47,22 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(Owner):
-    """Serves the store below ``root`` on ``address`` (host and port; port 0 takes a free one).
+    """Serves the store below ``root`` on ``address``.
 
-    It is bound and listening when the constructor returns; ``address`` then has
-    the real port. Raises ``ListenFailed``, ``StoreFailed``, for a host name
-    nobody knows ``Unreachable``, and for an address that other machines can
-    reach ``ConfigError``, unless ``allow_anonymous``: there are no passwords.
-    ``log`` says where lines go; by default to the logger ``backup`` of the
-    module ``logging``.
+    That is host and port (port 0 takes a free one), a ``UnixSocket``, or a
+    socket that listens already, which is then the server's. It is bound and
+    listening when the constructor returns; ``address`` then has the real port.
+    Raises ``ListenFailed``, ``StoreFailed``, for a host name nobody knows
+    ``Unreachable``, and for an address that other machines can reach
+    ``ConfigError``, unless ``allow_anonymous``: there are no passwords. ``log``
+    says where lines go; by default to the logger ``backup`` of the module
+    ``logging``.
     """
 
     def __init__(
         self,
         root: Union[str, os.PathLike[str]],
-        address: Tuple[str, int] = ("127.0.0.1", 1234),
+        address: Union[Address, socket.socket] = ("127.0.0.1", 1234),
         settings: Settings = Settings(),
         log: Optional[Log] = None,
         *,
@@ -68,20 +70,22 @@ class Server(Owner):
     ) -> None:
         self._settings = settings
         self._log = Log(to_logging) if log is None else log
-        self._listener = listen(address, settings.backlog, allow_anonymous)
+        if isinstance(address, tuple):
+            self._listener = listen(address, settings.backlog, allow_anonymous)
+        else:
+            self._listener = adopt(address, allow_anonymous)
+        self.address: Address = bound(self._listener)
         try:
             self._reactor = Reactor()
         except OSError as error:
             self._listener.close()
-            raise cannot_listen(address, error, "close what it has open") from error
+            raise cannot_listen(self.address, error, "close what it has open") from error
         try:
             self._store = Store(root, settings, self._reactor.at_turn_end)
         except BaseException:
             self._reactor.close()
             self._listener.close()
             raise
-        host, port = self._listener.getsockname()[:2]
-        self.address: Tuple[str, int] = (host, port)
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: Deque[Connection] = deque()
@@ -133,6 +137,10 @@ class Server(Owner):
         may call it; it returns at once.
         """
         self._reactor.call(self._stop)
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` in the loop, between two turns' work; may be called like ``stop``."""
+        self._reactor.call(callback)
 
     def close(self) -> None:
         """Closes every connection and the listener, for a server that is not serving."""
@@ -196,8 +204,13 @@ class Server(Owner):
                 self._rest(error)
                 return False
             return True  # a connection that was gone before it was accepted
-        accepted.append(self._connection(sock, format_address(address)))
+        accepted.append(self._connection(sock, self._peer(address)))
         return True
+
+    def _peer(self, address: Tuple[object, ...]) -> str:
+        """How a client is called; on a Unix socket it has no address of its own."""
+        unix = isinstance(self.address, UnixSocket)
+        return format_address(self.address if unix else address)
 
     def _wait_for_room(self) -> None:
         """Accepts nobody until a connection is closed."""

@@ -189,15 +189,14 @@ class Session(Endpoint):
         if self._request is not None:
             self._write_line()
         elif error is not None:
-            self._log.add(
-                logging.DEBUG, f"closed without a request reason={error.reason} peer={self._peer}"
-            )
+            fields = {"reason": error.reason, "peer": self._peer}
+            self._log.add(logging.DEBUG, "closed without a request", fields)
 
     def _begin(self, request: Request) -> Union[Outgoing, Later, None]:
         self._request = request
         if request.version != VERSION:
             text = f"unexpected protocol version {request.version}, expected {VERSION}"
-            self._log.add(logging.WARNING, f"{text} peer={self._peer}")
+            self._log.add(logging.WARNING, text, {"peer": self._peer})
         operation = _OPERATIONS.get(request.op)
         if operation is None:
             raise UnknownOperation(
@@ -282,18 +281,24 @@ class Session(Endpoint):
         if self._logged or request is None:
             return
         self._logged = True
+        status = None if self._status is None else int(self._status)
         done = self._bytes - (self._body.remaining if self._body else 0)
         milliseconds = (self._now() - self._began) * 1000
         shown = escape(request.name[:MAX_NAME_BYTES])
         if len(request.name) > MAX_NAME_BYTES:  # longer than any lawful name
             shown += "…"
-        status = "-" if self._status is None else int(self._status)
-        reason = f" reason={self._error.reason}" if self._error else ""
-        self._log.add(
-            logging.INFO,
-            f"user={request.user_id} op={request.op} file={shown} "
-            f"status={status} bytes={done} ms={milliseconds:.1f} peer={self._peer}{reason}",
-        )
+        fields: Dict[str, object] = {
+            "user": request.user_id,
+            "op": request.op,
+            "file": shown,
+            "status": status,
+            "bytes": done,
+            "ms": round(milliseconds, 1),
+            "peer": self._peer,
+        }
+        if self._error is not None:
+            fields["reason"] = self._error.reason
+        self._log.add(logging.INFO, "", fields)
 
 
 _OPERATIONS: Dict[int, Callable[[Session, Request], Union[Outgoing, Later, None]]] = {

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import importlib.util
 import os
 import socket
+import stat
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 import pytest
 
+from backup.address import UnixSocket
 from backup.errors import ConfigError, ListenFailed
-from backup.listener import listen
+from backup.listener import adopt, listen
+from tests.helpers import ROOT
 
 BACKLOG = 8
 
@@ -90,3 +99,188 @@ def test_where_reusing_an_address_would_share_it_the_port_is_taken_exclusively(
     with listen(("127.0.0.1", 0), BACKLOG, allow_anonymous=False) as listener:
         options: Tuple[int, ...] = (socket.SO_KEEPALIVE, socket.SO_REUSEADDR)
         assert [listener.getsockopt(socket.SOL_SOCKET, option) for option in options] == [1, 0]
+
+
+# -- Unix sockets -------------------------------------------------------------
+
+
+def listen_at(path: Path) -> socket.socket:
+    return listen(UnixSocket(str(path)), BACKLOG, allow_anonymous=False)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_a_unix_socket_is_its_owners_and_goes_when_it_is_closed(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "socket"
+    before = os.umask(umask)
+    try:
+        listener = listen_at(path)
+    finally:
+        os.umask(before)
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        listener.accept()[0].close()
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    listener.close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_nobody_can_connect_before_its_mode_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    chmod = os.chmod
+    tried = []
+
+    def changing(place: str, mode: int) -> None:
+        with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+            client.connect(place)
+        tried.append(place)
+        chmod(place, mode)
+
+    monkeypatch.setattr(os, "chmod", changing)
+    listen_at(path).close()
+    assert tried == [str(path)]
+
+
+KILLED = """
+import os, signal, sys
+from backup.address import UnixSocket
+from backup.listener import listen
+listener = listen(UnixSocket(sys.argv[1]), 8, False)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_socket_that_a_killed_server_has_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, check=False)
+    assert path.exists()
+    with listen_at(path) as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        listener.accept()[0].close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_a_socket_that_somebody_listens_on_stays_his(tmp_path: Path, waiting: int) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as other, ExitStack() as stack:
+        other.bind(str(path))
+        other.listen(1)
+        for _ in range(waiting):  # as many as it lets wait
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(path))
+        with pytest.raises(ListenFailed) as caught:
+            listen_at(path)
+        assert path.exists()
+    assert str(caught.value) == (
+        f"cannot listen on unix:{path}: address already in use; stop what listens there or take"
+        " another socket: --listen unix:PATH"
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_not_a_socket_is_never_removed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "socket"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ListenFailed, match="what is there is not a socket; take another address"):
+        listen_at(path)
+    assert os.path.lexists(path)
+
+
+def test_anothers_socket_in_its_place_is_not_removed_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    listener = listen_at(path)
+    path.unlink()
+    with listen_at(path):
+        listener.close()
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_servers_that_start_at_once_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    bind = socket.socket.bind
+    locked = []
+
+    def binding(sock: socket.socket, place: str) -> None:
+        fd = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locked.append(place)
+        finally:
+            os.close(fd)
+        bind(sock, place)
+
+    monkeypatch.setattr(socket.socket, "bind", binding)
+    listen_at(path).close()
+    assert locked == [str(path)]
+
+
+def test_a_unix_socket_by_a_relative_path_is_removed_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with listen_at(Path("socket")):
+        monkeypatch.chdir("/")
+    assert not (tmp_path / "socket").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("none/socket", "no such file or directory"), ("x" * 108, "af_unix path too long")],
+)
+def test_a_path_that_cannot_be_had_is_explained(tmp_path: Path, path: str, reason: str) -> None:
+    with pytest.raises(ListenFailed) as caught:
+        listen_at(tmp_path / path)
+    assert f": {reason}; take another address: --listen unix:PATH" in str(caught.value)
+
+
+def test_a_chmod_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+    with pytest.raises(ListenFailed, match="operation not permitted"):
+        listen_at(tmp_path / "socket")
+    assert not (tmp_path / "socket").exists()
+
+
+# -- sockets that listen already ----------------------------------------------
+
+
+def test_a_socket_that_listens_is_made_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert adopt(listener, allow_anonymous=False) is listener
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_socket_that_others_reach_is_closed_unless_that_is_allowed() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        assert adopt(listener, allow_anonymous=True) is listener
+        with pytest.raises(ConfigError, match="there are no passwords"):
+            adopt(listener, allow_anonymous=False)
+        assert listener.fileno() == -1
+
+
+def test_where_there_are_no_unix_sockets_tcp_still_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: the module is loaded anew, and finds no ``fcntl``."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    path = ROOT / "backup" / "listener.py"
+    spec = importlib.util.spec_from_file_location("backup.listener_without_fcntl", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.fcntl is None
+    module.listen(("127.0.0.1", 0), BACKLOG, False).close()
