@@ -245,6 +245,7 @@ def serve(options: argparse.Namespace, _: Console) -> int:
         if isinstance(sink, LogFile):
             again = partial(server.call, partial(reopen, sink))
             stack.enter_context(_on_signals(lambda *_: again(), "SIGHUP"))
+        stack.enter_context(_on_signals(lambda *_: server.report(), "SIGUSR1"))
         stack.enter_context(_waking(server.wake_fd))
         if options.pid_file:
             stack.enter_context(PidFile(options.pid_file))

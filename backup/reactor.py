@@ -63,6 +63,7 @@ class Reactor:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
+        self.slowest_turn = 0.0  # seconds that a turn has worked, without its waiting
         self._watched: Dict[int, _Watch] = {}
         self._deadlines = Deadlines(clock)
         self._calls: Deque[Callback] = deque()
@@ -152,6 +153,7 @@ class Reactor:
             work, self._at_turn_end = self._at_turn_end, []
             for put_off in work:
                 put_off()
+        self.slowest_turn = max(self.slowest_turn, self.now() - began)
 
     def _patience(self) -> float:
         """How long this turn may wait, in seconds."""

@@ -23,9 +23,10 @@ from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
 from .address import Address, UnixSocket, bound, format_address
 from .connection import Connection, Later, Outgoing, Owner, Phase
+from .counters import Counters
 from .errors import BackupError
 from .listener import adopt, cannot_listen, listen
-from .log import Log, to_logging
+from .log import Fields, Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
 from .session import Session
@@ -86,6 +87,7 @@ class Server(Owner):
             self._reactor.close()
             self._listener.close()
             raise
+        self._counters = Counters()
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: Deque[Connection] = deque()
@@ -126,6 +128,7 @@ class Server(Owner):
                 if self._stopping:
                     self._hurry()
             self._close_connections()
+            self._log.add(logging.INFO, "Counters", self._numbers())
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
@@ -141,6 +144,13 @@ class Server(Owner):
     def call(self, callback: Callable[[], None]) -> None:
         """Calls ``callback`` in the loop, between two turns' work; may be called like ``stop``."""
         self._reactor.call(callback)
+
+    def report(self) -> None:
+        """Writes one line of counters to the log; may be called like ``stop``."""
+        self._reactor.call(lambda: self._log.answer("Counters", self._numbers()))
+
+    def _numbers(self) -> Fields:
+        return self._counters.fields(len(self._sessions), self._reactor.slowest_turn)
 
     def close(self) -> None:
         """Closes every connection and the listener, for a server that is not serving."""
@@ -227,7 +237,10 @@ class Server(Owner):
         self._reactor.deadline(seconds, self._listen_again)
 
     def _connection(self, sock: socket.socket, peer: str) -> Connection:
-        session = Session(self._store, self._log, peer, settings=self._settings)
+        self._counters.opened += 1
+        session = Session(
+            self._store, self._log, peer, settings=self._settings, counters=self._counters
+        )
         connection = Connection(
             self._reactor,
             Stream(sock, peer),
@@ -268,6 +281,8 @@ class Server(Owner):
                 batch.append((connection, session))
                 changes.append(session.change)
             self._to_commit.popleft()
+        if changes:
+            self._counters.commit(len(changes))
         for (connection, session), error in zip(batch, self._store.commit(changes)):
             connection.send(session.committed(error))
 

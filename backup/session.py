@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Callable, Dict, Optional, Union
 
 from .connection import Body, Endpoint, Later, Outgoing
+from .counters import Counters
 from .errors import (
     BackupError,
     CutShort,
@@ -103,6 +104,7 @@ class Session(Endpoint):
         "_began",
         "_body",
         "_bytes",
+        "_counters",
         "_error",
         "_listing",
         "_log",
@@ -123,8 +125,10 @@ class Session(Endpoint):
         peer: str,
         now: Callable[[], float] = time.monotonic,
         settings: Settings = Settings(),
+        counters: Optional[Counters] = None,
     ) -> None:
         self._store = store
+        self._counters = Counters() if counters is None else counters
         self._log = log
         self._settings = settings
         self._peer = peer
@@ -299,6 +303,7 @@ class Session(Endpoint):
         if self._error is not None:
             fields["reason"] = self._error.reason
         self._log.add(logging.INFO, "", fields)
+        self._counters.request(request.op, status, done)
 
 
 _OPERATIONS: Dict[int, Callable[[Session, Request], Union[Outgoing, Later, None]]] = {

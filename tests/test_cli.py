@@ -431,6 +431,21 @@ def test_commands_talk_to_a_unix_socket_by_option_variable_and_info_file(user: U
     assert err.startswith("backup: cannot connect to unix:socket: no such file or directory; is it")
 
 
+def test_serve_answers_sigusr1_with_its_counters_even_when_it_is_quiet(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reactions = (
+        ("Listening", sending(signal.SIGUSR1)),
+        ("Counters open=0 total=0 refused=0 bytes_in=0", sending(signal.SIGTERM)),
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
+    with reacting(monkeypatch, *reactions) as lines:
+        assert main([*SERVE, "--quiet"]) == 0
+    assert len(lines) == 2
+    after = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
+    assert after == before
+
+
 def test_serve_logs_json_when_it_is_told(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     def use(line: str) -> None:
         found = re.search(r"127\.0\.0\.1:(\d+)", line)
@@ -444,7 +459,7 @@ def test_serve_logs_json_when_it_is_told(user: User, monkeypatch: pytest.MonkeyP
         assert main([*SERVE, "--log-format", "json"]) == 0
     objects = [json.loads(line) for line in lines]
     assert all(line.isascii() for line in lines)
-    assert objects[-1]["message"] == "Stopped"
+    assert [each["message"] for each in objects[-2:]] == ["Counters", "Stopped"]
     (line,) = [each for each in objects if "op" in each]
     shown = {name: line[name] for name in ("level", "user", "op", "file", "status", "reason")}
     assert shown == {
@@ -456,6 +471,7 @@ def test_serve_logs_json_when_it_is_told(user: User, monkeypatch: pytest.MonkeyP
         "reason": "name",
     }
     assert isinstance(line["ms"], float)
+    assert objects[-2]["requests_200_1003"] == 1
 
 
 def test_serve_with_a_log_file_says_nothing_on_stderr(

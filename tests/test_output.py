@@ -387,10 +387,13 @@ def test_a_server_whose_log_nobody_reads_serves_on_and_counts_what_is_lost(
     with pipe() as (reader, writer), Child(tmp_path, stderr=writer) as child:
         child.ask(BACKLOG + 200)
         text = drain(reader).decode()
-        while text.rpartition("lost: ")[2].count(" op=") <= BACKLOG:
+        child.process.send_signal(signal.SIGUSR1)
+        while "Counters" not in text or not text.endswith("\n"):
             child.ask()
             text += drain(reader).decode()
-    assert "lines of this log that were lost: " in text
+    before, counters = text.split("[SERVER] Counters ")
+    assert "lines of this log that were lost: " in before
+    assert f" requests_200_1003={counted(before)} " in counters
 
 
 def test_a_server_whose_log_file_is_full_serves_on_and_goes_on_in_a_new_one(
