@@ -330,7 +330,7 @@ class Child:
         *options: str,
         prefix: Tuple[str, ...] = (),
         stderr: Optional[int] = None,
-    ):
+    ) -> None:
         self.address = str(folder / "socket")
         serve = ["-m", "backup", "serve", "--listen", f"unix:{self.address}"]
         root = ["--root", str(folder / "store"), "--no-fsync"]
@@ -340,15 +340,20 @@ class Child:
             command, cwd=ROOT, env={**kept, "PYTHONDONTWRITEBYTECODE": "1"}, stderr=stderr
         )
         self.asked = 0
+        self._watchdog = watchdog()
 
     def __enter__(self) -> Child:
+        self._watchdog.__enter__()
         while not self._ask():
             assert self.process.poll() is None, "it did not start"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        assert self.process.wait(WAIT_SECONDS) == 0
+        try:
+            self.process.terminate()
+            assert self.process.wait(WAIT_SECONDS) == 0
+        finally:
+            self._watchdog.__exit__(None, None, None)
 
     def ask(self, count: int = 1) -> None:
         """Makes so many requests, each with its answer."""
