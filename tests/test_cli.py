@@ -18,7 +18,7 @@ from typing import Callable, Dict, Iterator, List, NoReturn, Tuple
 
 import pytest
 
-from backup import Server, UnixSocket, __version__, cli
+from backup import Server, UnixSocket, __version__, cli, systemd
 from backup.cli import main
 from tests.helpers import (
     ROOT,
@@ -548,6 +548,66 @@ def test_serve_logs_to_a_stderr_that_is_no_file_of_the_system_s(
     with watchdog():
         assert main(SERVE) == 0
     assert stderr.getvalue().endswith("[SERVER] Stopped\n")
+
+
+def test_serve_opens_its_log_file_anew_at_sighup_or_says_why_not(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = user.folder / "logs"
+    folder.mkdir()
+
+    def drive() -> None:
+        """Renames the file, then takes its folder away, and ends the server."""
+        wait_for(lambda: (folder / "log").exists() and "Listening" in (folder / "log").read_text())
+        (folder / "log").rename(folder / "old")
+        sending(signal.SIGHUP)("")
+        wait_for((folder / "log").exists)
+        folder.rename(user.folder / "moved")
+        sending(signal.SIGHUP)("")
+        wait_for(lambda: "old one" in (user.folder / "moved" / "log").read_text())
+        sending(signal.SIGTERM)("")
+
+    def wait_for(happened: Callable[[], bool]) -> None:
+        while not happened():
+            assert main_thread.is_alive()
+
+    main_thread = threading.main_thread()
+    thread = threading.Thread(target=drive)
+    with watchdog():
+        thread.start()
+        assert main([*SERVE, "--log-file", str(folder / "log")]) == 0
+        thread.join(WAIT_SECONDS)
+    lines = (user.folder / "moved" / "log").read_text(encoding="ascii").splitlines()
+    assert lines[0] == (
+        f"[SERVER] cannot write the log {folder}/log: no such file or directory;"
+        " take another: --log-file FILE; this goes on in the old one"
+    )
+    assert lines[-1] == "[SERVER] Stopped"
+
+
+def test_serve_says_when_its_manager_cannot_be_told(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user.set_variable("NOTIFY_SOCKET", str(user.folder / "none"))
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGTERM))) as lines:
+        assert main(SERVE) == 0
+    told = [line for line in lines if "to NOTIFY_SOCKET: No such file or directory" in line]
+    states = [line.split()[3] for line in told]
+    assert states == ["READY=1", "STOPPING=1"]
+
+
+def test_serve_takes_a_socket_that_was_handed_over_and_no_address_beside_it(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inherited(_: object) -> socket.socket:
+        return socket.create_server(("127.0.0.1", 0))
+
+    monkeypatch.setattr(systemd, "inherited_socket", inherited)
+    out, err, code = user.types(*SERVE)
+    assert (out, code) == ("", 2)
+    assert err == errors("LISTEN_FDS hands over a socket to listen on; leave out --listen")
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGTERM))):
+        assert main(["serve", "--root", "store"]) == 0
 
 
 def test_serve_in_a_store_that_cannot_be_written_says_so(user: User) -> None:
