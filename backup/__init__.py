@@ -15,6 +15,7 @@ Importing it sets nothing up: no signal handler, no logging, no global state.
 
 from __future__ import annotations
 
+from .address import UnixSocket
 from .client import Client
 from .errors import (
     BackupError,
@@ -33,6 +34,7 @@ from .errors import (
     OutputFailed,
     ProtocolError,
     Refused,
+    SetupFailed,
     StoreFailed,
     TargetExists,
     TooLarge,
@@ -72,10 +74,12 @@ __all__ = [
     "Retrieve",
     "Server",
     "Settings",
+    "SetupFailed",
     "Store",
     "StoreFailed",
     "TargetExists",
     "TooLarge",
+    "UnixSocket",
     "UnknownOperation",
     "Unreachable",
     "__version__",

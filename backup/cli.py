@@ -13,26 +13,30 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
-from contextlib import contextmanager, suppress
-from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, TextIO
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Sequence, TextIO, Union
 
-from . import __version__, config
+from . import __version__, config, systemd
+from .address import Address
 from .client import Client
 from .commands import delete, get, list_names, put
 from .console import Console
-from .errors import BackupError, OutputFailed, Unreachable
+from .errors import BackupError, ConfigError, OutputFailed, SetupFailed, Unreachable
 from .fault import describe
-from .log import Line, Log, to_stream
+from .log import FORMATS, Log, Sink, to_stream
 from .names import show
+from .output import LogFile, Output
+from .pidfile import PidFile
 from .sequence import steps
 from .server import Server, raise_descriptor_limit
 from .settings import Settings
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
-# The signals that end a program, as far as this system has them.
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]
+_ENDING = ("SIGINT", "SIGTERM")  # the signals that end a program
 
 EXIT_CODES = """exit codes:
   0    all done
@@ -117,7 +121,7 @@ def _serve_options(sub: Parser) -> None:
         help="listen on the HOST:PORT in FILE (default: %(default)s)",
     )
     where.add_argument(
-        "--listen", metavar="HOST:PORT", help="listen there; port 0 takes a free one"
+        "--listen", metavar="HOST:PORT", help="listen there; port 0 takes a free one; or unix:PATH"
     )
     sub.add_argument(
         "--root",
@@ -125,9 +129,28 @@ def _serve_options(sub: Parser) -> None:
         help=f"keep the files in DIR (default: $BACKUP_BASE_DIR or {config.DEFAULT_ROOT})",
     )
     sub.add_argument(
+        "--allow-anonymous",
+        action="store_true",
+        help="listen where other machines can reach it: there are no passwords",
+    )
+    sub.add_argument(
         "--no-fsync",
         action="store_true",
         help="answer without waiting for the disk: a power cut then loses acknowledged files",
+    )
+    sub.add_argument(
+        "--log-format",
+        choices=sorted(FORMATS),
+        default="text",
+        help="how a line of the log is written (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--log-file",
+        metavar="FILE",
+        help="append the log to FILE, which SIGHUP opens anew (default: stderr)",
+    )
+    sub.add_argument(
+        "--pid-file", metavar="FILE", help="keep the process id in FILE while the server runs"
     )
     volume = sub.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="log broken connections too")
@@ -160,7 +183,7 @@ def _user_options(sub: Parser) -> None:
     sub.add_argument(
         "--server",
         metavar="HOST:PORT",
-        help=f"the server (default: $BACKUP_SERVER or {config.SERVER_INFO} here)",
+        help=f"the server, or unix:PATH (default: $BACKUP_SERVER or {config.SERVER_INFO} here)",
     )
     sub.add_argument(
         "--user-id",
@@ -182,39 +205,91 @@ def _positive(text: str) -> int:
 
 def serve(options: argparse.Namespace, _: Console) -> int:
     """Runs the server until SIGINT or SIGTERM."""
-    address = config.listen_address(options.listen, options.server_info)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    log = Log(to_stream(sys.stderr), logging.WARNING if options.quiet else level)
     signals = 0
-    raise_descriptor_limit()
-    settings = Settings(fsync=not options.no_fsync)
-    root = config.store_root(options.root, os.environ)
     fault: Optional[Exception] = None
-    with Server(root, address, settings, log) as server:
+    with ExitStack() as stack:
+        stack.enter_context(_umask(0o077))
+        address = _where_to_listen(options)
+        sink = _log_sink(options, stack)
+        level = logging.DEBUG if options.verbose else logging.INFO
+        log = Log(sink, logging.WARNING if options.quiet else level)
+        raise_descriptor_limit()
+        settings = Settings(fsync=not options.no_fsync)
+        root = config.store_root(options.root, os.environ)
+        server = stack.enter_context(
+            Server(root, address, settings, log, allow_anonymous=options.allow_anonymous)
+        )
+
+        def tell(state: str) -> None:
+            try:
+                systemd.notify(os.environ, state)
+            except SetupFailed as error:
+                log.add(logging.WARNING, str(error))
+
+        def reopen(file: LogFile) -> None:
+            try:
+                file.reopen()
+            except SetupFailed as error:
+                log.add(logging.WARNING, f"{error}; this goes on in the old one")
 
         def stop(*_: object) -> None:
             nonlocal signals
             signals += 1
+            if signals == 1:
+                server.call(lambda: tell("STOPPING=1"))
             server.stop()
             if signals > 1:
                 _exit_at_the_latest(in_seconds=1)
 
-        with _on_signals(stop), _waking(server.wake_fd):
-            # From its first line on, a signal drains it.
-            if options.quiet:  # with port 0, this line alone tells which one it took
-                to_stream(sys.stderr)([Line(logging.INFO, server.greeting)])
-            try:
-                server.serve_forever()
-            except Exception as error:
-                fault = error
-    if fault is not None:  # everything is closed by now
-        for line in describe("a fault of this program ends the server", fault):
-            log.add(logging.CRITICAL, line)
-        log.flush()
+        stack.enter_context(_on_signals(stop))
+        if isinstance(sink, LogFile):
+            again = partial(server.call, partial(reopen, sink))
+            stack.enter_context(_on_signals(lambda *_: again(), "SIGHUP"))
+        stack.enter_context(_on_signals(lambda *_: server.report(), "SIGUSR1"))
+        stack.enter_context(_waking(server.wake_fd))
+        if options.pid_file:
+            stack.enter_context(PidFile(options.pid_file))
+        # From its first line on, a signal drains it.
+        if options.quiet:  # with port 0, this line alone tells which one it took
+            log.answer(server.greeting)
+        tell("READY=1")
+        try:
+            server.serve_forever()
+        except Exception as error:  # everything of the server's is closed by now
+            fault = error
+            for line in describe("a fault of this program ends the server", error):
+                log.add(logging.CRITICAL, line)
+            log.flush()
     _exit_at_the_latest(in_seconds=0)
     if fault is not None:
         return FAILED
     return 0 if signals < 2 else INTERRUPTED
+
+
+def _where_to_listen(options: argparse.Namespace) -> Union[Address, socket.socket]:
+    """The socket that a service manager has handed over, or an address."""
+    inherited = systemd.inherited_socket(os.environ)
+    if inherited is None:
+        return config.listen_address(options.listen, options.server_info)
+    if options.listen:
+        inherited.close()
+        raise ConfigError("LISTEN_FDS hands over a socket to listen on; leave out --listen")
+    return inherited
+
+
+def _log_sink(options: argparse.Namespace, stack: ExitStack) -> Sink:
+    """What writes the log, until ``stack`` is done."""
+    form = FORMATS[options.log_format]
+    if options.log_file:
+        sink: Output = LogFile(options.log_file, form)
+    else:
+        try:
+            fd, encoding = sys.stderr.fileno(), sys.stderr.encoding
+        except (OSError, ValueError):  # it is not a file of the system's, or closed
+            return to_stream(sys.stderr, form)
+        sink = Output(fd, form, encoding)
+    stack.callback(sink.close)
+    return sink
 
 
 def client(options: argparse.Namespace, console: Console) -> int:
@@ -251,9 +326,19 @@ def _exit_at_the_latest(in_seconds: int) -> None:
 
 
 @contextmanager
-def _on_signals(handler: Callable[..., None]) -> Iterator[None]:
-    """SIGINT, and SIGTERM where the system has it, call ``handler`` meanwhile."""
-    before = [(number, signal.signal(number, handler)) for number in _ENDING]
+def _umask(mask: int) -> Iterator[None]:
+    """Files that are made meanwhile have the modes they were given, less this."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def _on_signals(handler: Callable[..., None], *names: str) -> Iterator[None]:
+    """These signals call ``handler`` meanwhile; by default those that end a program."""
+    before = [(number, signal.signal(number, handler)) for number in _numbers(*names)]
     try:
         yield
     finally:
@@ -271,8 +356,13 @@ def _waking(fd: int) -> Iterator[None]:
         signal.set_wakeup_fd(before)
 
 
+def _numbers(*names: str) -> List[int]:
+    """The signals of these names, as far as this system has them; by default the ending ones."""
+    return [getattr(signal, name) for name in names or _ENDING if hasattr(signal, name)]
+
+
 def _interrupt(*_: object) -> None:
-    for number in _ENDING:  # an impatient second one must not cut the tidying up short
+    for number in _numbers():  # an impatient second one must not cut the tidying up short
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -14,7 +14,7 @@ from collections import deque
 from functools import partial
 from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from .address import format_address, resolve
+from .address import Place, format_address, resolve
 from .connection import Connection, Owner
 from .errors import (
     BackupError,
@@ -55,7 +55,7 @@ class Running:
         self.ended = False
         self.exchange: Optional[Exchange] = None
         self.connection: Optional[Connection] = None
-        self.addresses: List[Tuple[int, Tuple[object, ...]]] = []  # not tried yet
+        self.addresses: List[Tuple[int, Place]] = []  # not tried yet
 
     def cancel(self) -> None:
         """Closes the connection, if there still is one; ``done`` hears of it."""
@@ -67,7 +67,7 @@ class Running:
 
 
 class Client(Owner):
-    """Talks to the server at ``address`` (host and port) for the user ``user_id``.
+    """Talks to the server at ``address`` (host and port, or a ``UnixSocket``) for a user.
 
     Close it, or use it as a context manager: that ends whatever is running.
     """
@@ -80,7 +80,7 @@ class Client(Owner):
         self.user_id = _check_user(user_id)
         self._settings = settings
         self._peer = format_address(address)
-        self._resolved: List[Tuple[int, Tuple[object, ...]]] = []
+        self._resolved: List[Tuple[int, Place]] = []
         self._reactor = Reactor()
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._running: Dict[Connection, Running] = {}
@@ -240,7 +240,7 @@ class Client(Owner):
             raise outcomes[0].error
         return outcomes[0]
 
-    def _addresses(self) -> List[Tuple[int, Tuple[object, ...]]]:
+    def _addresses(self) -> List[Tuple[int, Place]]:
         if not self._resolved:
             self._resolved = resolve(self.address)
         return list(self._resolved)

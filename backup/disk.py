@@ -192,9 +192,23 @@ def make_folder(path: bytes, durably: bool) -> None:
         path = os.path.dirname(path)
     for path in reversed(missing):
         with suppress(FileExistsError):  # another has made it meanwhile
-            os.mkdir(path, 0o700)
+            make_private(path)
         if durably:
             sync_folder(os.path.dirname(path))
+
+
+def make_private(path: bytes) -> None:
+    """Makes one folder that only its owner may enter, whatever the umask takes away."""
+    os.mkdir(path, 0o700)
+    os.chmod(path, 0o700)
+
+
+def others_may_write(path: bytes) -> bool:
+    """Whether more accounts than its owner's may write to ``path``; False where modes say nothing.
+
+    Follows links: it is what lies there that counts.
+    """
+    return os.name != "nt" and bool(os.stat(path).st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def status(fd: int) -> os.stat_result:

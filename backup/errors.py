@@ -13,6 +13,7 @@ the command line returns.
     ├── ConfigError            an info file, option or variable is missing or malformed
     ├── OutputFailed           what was to be printed cannot be written
     ├── ListenFailed           the server cannot bind its address
+    ├── SetupFailed            what else the server was given to work with cannot be had
     ├── ConnectionFailed       no connection, or it broke before the answer was whole
     │   ├── Unreachable        no connection could be made
     │   ├── CutShort           the peer ended in the middle of a message
@@ -74,6 +75,12 @@ class ListenFailed(BackupError):
     """The server cannot listen on the address it was given."""
 
     reason = "listen"
+
+
+class SetupFailed(BackupError):
+    """A log, pid file or inherited socket that the server was told to use cannot be had."""
+
+    reason = "setup"
 
 
 class ConnectionFailed(BackupError):

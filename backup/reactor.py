@@ -64,6 +64,7 @@ class Reactor:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
         self.time = clock()  # when this turn began to work: read without asking the clock again
+        self.slowest_turn = 0.0  # seconds that a turn has worked, without its waiting
         self._watched: Dict[int, _Watch] = {}
         self._deadlines = Deadlines(clock)
         self._calls: Deque[Callback] = deque()
@@ -157,6 +158,7 @@ class Reactor:
             work, self._at_turn_end = self._at_turn_end, []
             for put_off in work:
                 put_off()
+        self.slowest_turn = max(self.slowest_turn, self.now() - self.time)
 
     def _patience(self) -> float:
         """How long this turn may wait, in seconds."""

@@ -20,19 +20,21 @@ import socket
 import sys
 from collections import deque
 from contextlib import ExitStack, suppress
-from typing import Deque, Dict, List, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
-from .address import format_address, resolve
+from .address import Address, UnixSocket, bound, format_address
 from .connection import Connection, Later, Outgoing, Owner, Phase
-from .errors import BackupError, InternalError, ListenFailed
+from .counters import Counters
+from .errors import BackupError, InternalError
 from .fault import describe
-from .log import Log, to_logging
+from .listener import adopt, cannot_listen, listen
+from .log import Fields, Log, to_logging
 from .protocol import RequestReceiver
 from .reactor import READ, Reactor
 from .session import Session
 from .settings import Settings
 from .storage import Change, Store
-from .stream import Stream, no_delay
+from .stream import Stream
 
 try:
     import resource
@@ -50,37 +52,46 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(Owner):
-    """Serves the store below ``root`` on ``address`` (host and port; port 0 takes a free one).
+    """Serves the store below ``root`` on ``address``.
 
-    It is bound and listening when the constructor returns; ``address`` then has
-    the real port. Raises ``ListenFailed``, ``StoreFailed`` or, for a host name
-    nobody knows, ``Unreachable``. ``log`` says where lines go; by default
-    to the logger ``backup`` of the module ``logging``.
+    That is host and port (port 0 takes a free one), a ``UnixSocket``, or a
+    socket that listens already, which is then the server's. It is bound and
+    listening when the constructor returns; ``address`` then has the real port.
+    Raises ``ListenFailed``, ``StoreFailed``, for a host name nobody knows
+    ``Unreachable``, and for an address that other machines can reach
+    ``ConfigError``, unless ``allow_anonymous``: there are no passwords. ``log``
+    says where lines go; by default to the logger ``backup`` of the module
+    ``logging``.
     """
 
     def __init__(
         self,
         root: Union[str, os.PathLike[str]],
-        address: Tuple[str, int] = ("127.0.0.1", 1234),
+        address: Union[Address, socket.socket] = ("127.0.0.1", 1234),
         settings: Settings = Settings(),
         log: Optional[Log] = None,
+        *,
+        allow_anonymous: bool = False,
     ) -> None:
         self._settings = settings
         self._log = Log(to_logging) if log is None else log
-        self._listener = _listen(address, settings.backlog)
+        if isinstance(address, tuple):
+            self._listener = listen(address, settings.backlog, allow_anonymous)
+        else:
+            self._listener = adopt(address, allow_anonymous)
+        self.address: Address = bound(self._listener)
         try:
             self._reactor = Reactor()
         except OSError as error:
             self._listener.close()
-            raise _cannot_listen(address, error, "close what it has open") from error
+            raise cannot_listen(self.address, error, "close what it has open") from error
         try:
             self._store = Store(root, settings, self._reactor.at_turn_end)
         except BaseException:
             self._reactor.close()
             self._listener.close()
             raise
-        host, port = self._listener.getsockname()[:2]
-        self.address: Tuple[str, int] = (host, port)
+        self._counters = Counters()
         self._scratch = memoryview(bytearray(settings.scratch_bytes))
         self._sessions: Dict[Connection, Session] = {}
         self._to_commit: Deque[Connection] = deque()
@@ -121,6 +132,7 @@ class Server(Owner):
                 if self._stopping:
                     self._hurry()
             self._close_connections()
+            self._log.add(logging.INFO, "Counters", self._numbers())
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
@@ -132,6 +144,17 @@ class Server(Owner):
         may call it; it returns at once.
         """
         self._reactor.call(self._stop)
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` in the loop, between two turns' work; may be called like ``stop``."""
+        self._reactor.call(callback)
+
+    def report(self) -> None:
+        """Writes one line of counters to the log; may be called like ``stop``."""
+        self._reactor.call(lambda: self._log.answer("Counters", self._numbers()))
+
+    def _numbers(self) -> Fields:
+        return self._counters.fields(len(self._sessions), self._reactor.slowest_turn)
 
     def close(self) -> None:
         """Closes every connection and the listener, for a server that is not serving."""
@@ -202,11 +225,16 @@ class Server(Owner):
                 return False
             return True  # a connection that was gone before it was accepted
         try:
-            accepted.append(self._connection(sock, format_address(address)))
+            accepted.append(self._connection(sock, self._peer(address)))
         except BaseException:
             sock.close()
             raise
         return True
+
+    def _peer(self, address: Tuple[object, ...]) -> str:
+        """How a client is called; on a Unix socket it has no address of its own."""
+        unix = isinstance(self.address, UnixSocket)
+        return format_address(self.address if unix else address)
 
     def _wait_for_room(self) -> None:
         """Accepts nobody until a connection is closed."""
@@ -223,7 +251,10 @@ class Server(Owner):
         self._reactor.deadline(seconds, self._listen_again)
 
     def _connection(self, sock: socket.socket, peer: str) -> Connection:
-        session = Session(self._store, self._log, peer, settings=self._settings)
+        self._counters.opened += 1
+        session = Session(
+            self._store, self._log, peer, settings=self._settings, counters=self._counters
+        )
         connection = Connection(
             self._reactor,
             Stream(sock, peer),
@@ -267,6 +298,8 @@ class Server(Owner):
                 batch.append((connection, session))
                 changes.append(session.change)
             self._to_commit.popleft()
+        if changes:
+            self._counters.commit(len(changes))
         for (connection, session), error in zip(batch, self._store.commit(changes)):
             if isinstance(error, InternalError):
                 connection.fail(error.fault)
@@ -356,32 +389,3 @@ def raise_descriptor_limit() -> None:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             return
-
-
-def _listen(address: Tuple[str, int], backlog: int) -> socket.socket:
-    family, place = resolve(address)[0]
-    try:
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise _cannot_listen(address, error, "take another address") from error
-    try:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where REUSEADDR would share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        no_delay(listener)
-        listener.bind(place)
-        listener.listen(backlog)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        taken = "stop what listens there or take another port: --listen HOST:PORT"
-        other = "take another address: --listen HOST:PORT"
-        hint = taken if error.errno == errno.EADDRINUSE else other
-        raise _cannot_listen(address, error, hint) from error
-    return listener
-
-
-def _cannot_listen(address: Tuple[str, int], error: OSError, hint: str) -> ListenFailed:
-    reason = (error.strerror or str(error)).lower()
-    return ListenFailed(f"cannot listen on {format_address(address)}: {reason}; {hint}")

@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Callable, Dict, Optional, Union
 
 from .connection import Body, Endpoint, Later, Outgoing
+from .counters import Counters
 from .errors import (
     BackupError,
     CutShort,
@@ -117,6 +118,7 @@ class Session(Endpoint):
         "_began",
         "_body",
         "_bytes",
+        "_counters",
         "_error",
         "_listing",
         "_log",
@@ -137,8 +139,10 @@ class Session(Endpoint):
         peer: str,
         now: Callable[[], float] = time.monotonic,
         settings: Settings = Settings(),
+        counters: Optional[Counters] = None,
     ) -> None:
         self._store = store
+        self._counters = Counters() if counters is None else counters
         self._log = log
         self._settings = settings
         self._peer = peer
@@ -218,9 +222,8 @@ class Session(Endpoint):
         if self._request is not None:
             self._write_line()
         elif error is not None:
-            self._log.add(
-                logging.DEBUG, f"closed without a request reason={error.reason} peer={self._peer}"
-            )
+            fields = {"reason": error.reason, "peer": self._peer}
+            self._log.add(logging.DEBUG, "closed without a request", fields)
         # Its traceback has the frames that have this session: a cycle, and all that hangs on it.
         self._error = None
 
@@ -228,7 +231,7 @@ class Session(Endpoint):
         self._request = request
         if request.version != VERSION:
             text = f"unexpected protocol version {request.version}, expected {VERSION}"
-            self._log.add(logging.WARNING, f"{text} peer={self._peer}")
+            self._log.add(logging.WARNING, text, {"peer": self._peer})
         operation = _OPERATIONS.get(request.op)
         if operation is None:
             raise UnknownOperation(
@@ -317,18 +320,25 @@ class Session(Endpoint):
         if self._logged or request is None:
             return
         self._logged = True
+        status = None if self._status is None else int(self._status)
         done = self._bytes - (self._body.remaining if self._body else 0)
         milliseconds = (self._now() - self._began) * 1000
         shown = escape(request.name[:MAX_NAME_BYTES])
         if len(request.name) > MAX_NAME_BYTES:  # longer than any lawful name
             shown += "…"
-        status = "-" if self._status is None else int(self._status)
-        reason = f" reason={self._error.reason}" if self._error else ""
-        self._log.add(
-            logging.INFO,
-            f"user={request.user_id} op={request.op} file={shown} "
-            f"status={status} bytes={done} ms={milliseconds:.1f} peer={self._peer}{reason}",
-        )
+        fields: Dict[str, object] = {
+            "user": request.user_id,
+            "op": request.op,
+            "file": shown,
+            "status": status,
+            "bytes": done,
+            "ms": round(milliseconds, 1),
+            "peer": self._peer,
+        }
+        if self._error is not None:
+            fields["reason"] = self._error.reason
+        self._log.add(logging.INFO, "", fields)
+        self._counters.request(request.op, status, done)
 
 
 _OPERATIONS: Dict[int, Callable[[Session, Request], Union[Outgoing, Later, None]]] = {

@@ -94,7 +94,8 @@ class Store:
         ``at_turn_end`` is the reactor's, for a store that belongs to one: a
         folder that is read stays open for the other requests of a turn, and
         ``reclaim`` is called while there is something ``to_reclaim``.
-        Raises ``StoreFailed`` when the root cannot be made, read or written.
+        Raises ``StoreFailed`` when the root cannot be made, read or written, or when
+        others than its owner may write to it.
         """
         self._root = os.fsencode(os.path.abspath(root))
         self._temporary = os.path.join(self._root, TEMPORARY)
@@ -114,6 +115,8 @@ class Store:
         try:
             # Only here: a root that vanishes later may be a disk that is not mounted, and what
             # is written beneath its mount point would be lost to sight when it comes back.
+            disk.make_folder(self._root, settings.fsync)
+            self._refuse_shared_root()
             disk.make_folder(self._temporary, settings.fsync)
             if settings.fsync:  # for what a crash left unsynced
                 disk.sync_folder(self._root)
@@ -238,6 +241,14 @@ class Store:
                     continue  # finished, or swept by another start, or another account's
         return swept
 
+    def _refuse_shared_root(self) -> None:
+        if disk.others_may_write(self._root):
+            raise StoreFailed(
+                "others than its owner may write here, and so replace what is stored;"
+                " take that from them: chmod go-w",
+                escape(self._root, keep=" "),
+            )
+
     def _attempt(self, step: Callable[[Change], None], change: Change) -> Optional[BackupError]:
         """Takes one step for one change; what kept it from succeeding."""
         try:
@@ -320,7 +331,7 @@ class Store:
             if not create:
                 raise
         with suppress(FileExistsError):  # another server of this root may have made it first
-            os.mkdir(path, 0o700)
+            disk.make_private(path)
         if self._settings.fsync:
             self._new_users.add(user_id)
         return disk.open_folder(path)

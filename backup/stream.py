@@ -111,7 +111,7 @@ def no_delay(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def connect(family: int, address: Tuple[object, ...], peer: str) -> Stream:
+def connect(family: int, address: Union[Tuple[object, ...], str], peer: str) -> Stream:
     """A stream that is being connected; writable when that is settled, see ``settle``.
 
     Raises ``Unreachable``, or ``ConnectionFailed`` when this process is out of
@@ -128,7 +128,12 @@ def connect(family: int, address: Tuple[object, ...], peer: str) -> Stream:
     no_delay(sock)
     try:
         sock.connect(address)
-    except BlockingIOError:
+    except BlockingIOError as error:
+        if isinstance(address, str):  # a Unix socket is connected at once or not at all (unix(7))
+            stream.close()
+            raise Unreachable(
+                f"cannot connect to {peer}: too many wait there; try again"
+            ) from error
         return stream
     except OSError as error:
         stream.close()
@@ -145,7 +150,7 @@ def settle(stream: Stream) -> None:
 
 def refused(peer: str, error: OSError) -> Unreachable:
     """The error of a connection that could not be made."""
-    missing = error.errno == errno.ECONNREFUSED
+    missing = error.errno in (errno.ECONNREFUSED, errno.ENOENT)  # ENOENT: of a Unix socket
     hint = "is it running? try: make serve" if missing else "check the address and the network"
     reason = (error.strerror or str(error)).lower()
     return Unreachable(f"cannot connect to {peer}: {reason}; {hint}")

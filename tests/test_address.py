@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Tuple
 
 import pytest
 
-from backup.address import EXPECTED, format_address, parse, resolve
+from backup.address import (
+    EXPECTED,
+    UnixSocket,
+    bound,
+    format_address,
+    is_loopback,
+    parse,
+    resolve,
+)
 from backup.errors import ConfigError, Unreachable
 
 
@@ -77,6 +86,83 @@ def test_what_is_refused_is_shown_harmless() -> None:
 def test_an_address_is_shown_as_it_is_read(address: Tuple[object, ...], text: str) -> None:
     assert format_address(address) == text
     assert parse(text) == address[:2]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.255.255.254", True),
+        ("::1", True),
+        ("::1%lo", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("128.0.0.1", False),
+        ("10.127.0.1", False),
+        ("::", False),
+        ("::11", False),
+        ("2001:db8::1", False),
+        ("fe80::1", False),
+        ("::ffff:0.0.0.0", False),
+        ("::ffff:10.0.0.1", False),
+    ],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    assert is_loopback(family, (host, 1234)) is expected
+
+
+def test_an_address_of_a_family_that_is_not_known_is_not_taken_for_loopback() -> None:
+    assert not is_loopback(socket.AF_NETLINK, ("127.0.0.1", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "shown"),
+    [
+        ("unix:/run/backup.sock", "/run/backup.sock", "unix:/run/backup.sock"),
+        (" unix:socket\n", "socket", "unix:socket"),
+        ("unix:1234", "1234", "unix:1234"),
+        ("unix:/two words", "/two words", "unix:/two\\x20words"),
+        ("unix:/a:1", "/a:1", "unix:/a:1"),
+        ("unix:/\x1b[31m", "/\x1b[31m", "unix:/\\x1b[31m"),
+    ],
+)
+def test_a_unix_socket_is_a_path(text: str, path: str, shown: str) -> None:
+    address = parse(text)
+    assert address == UnixSocket(path)
+    assert isinstance(address, UnixSocket)
+    assert format_address(address) == shown
+    assert resolve(address) == [(socket.AF_UNIX, path)]
+    assert is_loopback(*resolve(address)[0])
+
+
+@pytest.mark.parametrize("text", ["unix:", "unix: ", "unix:/a\0b"])
+def test_a_path_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not an address; expected HOST:PORT"):
+        parse(text)
+
+
+def test_a_system_without_unix_sockets_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backup.address._AF_UNIX", None)
+    with pytest.raises(Unreachable, match="this system has no Unix sockets; take HOST:PORT"):
+        resolve(UnixSocket("/run/backup.sock"))
+
+
+def test_the_address_of_a_bound_socket_is_read_from_it(tmp_path: Path) -> None:
+    for family, place in (
+        (socket.AF_INET, ("127.0.0.1", 0)),
+        (socket.AF_INET6, ("::1", 0)),
+    ):
+        with socket.socket(family) as sock:
+            sock.bind(place)
+            assert bound(sock) == sock.getsockname()[:2]
+    for path, shown in (
+        (f"{tmp_path}/s", f"unix:{tmp_path}/s"),
+        (f"\0{tmp_path}", f"unix:@{tmp_path}"),
+    ):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path)
+            assert format_address(bound(sock)) == shown
 
 
 def test_an_address_resolves_to_what_a_socket_takes() -> None:

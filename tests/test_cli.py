@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Callable, Dict, Iterator, List, NoReturn, Tuple
 
 import pytest
 
-from backup import __version__, cli
+from backup import Server, UnixSocket, __version__, cli, systemd
 from backup.cli import main
 from tests.helpers import (
     ROOT,
@@ -337,6 +338,276 @@ def test_serve_on_a_port_that_is_taken_says_so(user: User) -> None:
         " stop what listens there or take another port: --listen HOST:PORT"
     )
     assert said == ("", errors(message), 1)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_serve_where_other_machines_reach_it_has_to_be_allowed(
+    user: User, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    arguments = ["serve", "--listen", f"{host}:0", "--root", "store"]
+    out, err, code = user.types(*arguments)
+    assert (out, code) == ("", 2)
+    assert err.startswith(f"backup: will not listen on {host}:0: there are no passwords, ")
+    assert err.endswith("; listen on 127.0.0.1, or allow it: --allow-anonymous\n")
+    assert err.count("\n") == 1
+    assert not (user.folder / "store").exists()
+    with reacting(monkeypatch, (f"Listening on {host}:", sending(signal.SIGTERM))):
+        assert main([*arguments, "--allow-anonymous"]) == 0
+
+
+def test_serve_in_a_root_that_others_may_write_says_what_to_do(user: User) -> None:
+    (user.folder / "store").mkdir(mode=0o777)
+    (user.folder / "store").chmod(0o777)
+    out, err, code = user.types(*SERVE)
+    assert (out, code) == ("", 1)
+    assert err.endswith("take that from them: chmod go-w\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_what_serve_makes_is_its_accounts_alone_whatever_the_umask(
+    user: User, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    def use(line: str) -> None:
+        with connect(address_of(line)) as sock:
+            sock.sendall(request(USER, 100, b"a", b"xyz"))
+            read_all(sock)
+        sending(signal.SIGTERM)(line)
+
+    before = os.umask(umask)
+    try:
+        with reacting(monkeypatch, ("Listening", use)):
+            assert main(SERVE) == 0
+    finally:
+        assert os.umask(before) == umask
+    store = user.folder / "store"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (store, *store.rglob("*"))}
+    assert modes == {"store": 0o700, ".tmp": 0o700, str(USER): 0o700, "a": 0o600}
+
+
+def test_serve_on_a_unix_socket_is_its_accounts_alone(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = user.folder / "socket"
+    seen: List[str] = []
+
+    def use(line: str) -> None:
+        seen.append(line)
+        seen.append(oct(path.stat().st_mode & 0o777))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(request(USER, 202))
+            seen.append(read_all(sock).hex())
+        sending(signal.SIGTERM)(line)
+
+    with reacting(monkeypatch, ("Listening", use)) as lines:
+        assert main(["serve", "--listen", f"unix:{path}", "--root", "store"]) == 0
+    expected = response(212, b"", b"\0\0\0\0").hex()
+    assert seen == [f"[SERVER] Listening on unix:{path}\n", "0o600", expected]
+    assert any(line.endswith(f" peer=unix:{path}\n") for line in lines)
+    assert not path.exists()
+
+
+def test_commands_talk_to_a_unix_socket_by_option_variable_and_info_file(user: User) -> None:
+    path = user.folder / "socket"
+    server = Server(user.folder / "store", UnixSocket(str(path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        assert user.types("put", "a.txt", "--server", f"unix:{path}").code == 0
+        user.set_variable("BACKUP_SERVER", f"unix:{path}")
+        assert user.types("list").out == "a.txt\n"
+        user.set_variable("BACKUP_SERVER", "")
+        (user.folder / "server.info").write_text("unix:socket\n", encoding="ascii")
+        assert user.types("list").out == "a.txt\n"
+        (user.folder / "backup.info").write_text("a.txt\nb.txt\n", encoding="ascii")
+        assert user.types("client").code == 0
+    finally:
+        server.stop()
+        server.stop()
+        thread.join(WAIT_SECONDS)
+    out, err, code = user.types("list")
+    assert (out, code) == ("", 1)
+    assert err.startswith("backup: cannot connect to unix:socket: no such file or directory; is it")
+
+
+def test_serve_answers_sigusr1_with_its_counters_even_when_it_is_quiet(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reactions = (
+        ("Listening", sending(signal.SIGUSR1)),
+        ("Counters open=0 total=0 refused=0 bytes_in=0", sending(signal.SIGTERM)),
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
+    with reacting(monkeypatch, *reactions) as lines:
+        assert main([*SERVE, "--quiet"]) == 0
+    assert len(lines) == 2
+    after = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
+    assert after == before
+
+
+def test_serve_logs_json_when_it_is_told(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(line: str) -> None:
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        assert found is not None
+        with connect(("127.0.0.1", int(found[1]))) as sock:
+            sock.sendall(request(USER, 200, "ü x\n".encode()))
+            read_all(sock)
+        sending(signal.SIGTERM)(line)
+
+    with reacting(monkeypatch, ("Listening", use)) as lines:
+        assert main([*SERVE, "--log-format", "json"]) == 0
+    objects = [json.loads(line) for line in lines]
+    assert all(line.isascii() for line in lines)
+    assert [each["message"] for each in objects[-2:]] == ["Counters", "Stopped"]
+    (line,) = [each for each in objects if "op" in each]
+    shown = {name: line[name] for name in ("level", "user", "op", "file", "status", "reason")}
+    assert shown == {
+        "level": "info",
+        "user": USER,
+        "op": 200,
+        "file": "ü\\x20x\\x0a",
+        "status": 1003,
+        "reason": "name",
+    }
+    assert isinstance(line["ms"], float)
+    assert objects[-2]["requests_200_1003"] == 1
+
+
+def test_serve_with_a_log_file_says_nothing_on_stderr(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sock, (host, port) = unused_address()
+    sock.close()
+
+    def end() -> None:
+        while True:
+            with suppress(ConnectionRefusedError), connect((host, port)) as client:
+                client.sendall(request(USER, 202))
+                read_all(client)  # the answer tells that it serves
+                break
+        sending(signal.SIGTERM)("")
+
+    arguments = ["--listen", f"{host}:{port}", "--root", "store", "--log-file", "log"]
+    thread = threading.Thread(target=end)
+    with reacting(monkeypatch) as lines:
+        thread.start()
+        assert main(["serve", *arguments, "--pid-file", "pid"]) == 0
+        thread.join(WAIT_SECONDS)
+    assert lines == []
+    log = user.folder / "log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    text = log.read_text(encoding="ascii").splitlines()
+    assert text[0] == f"[SERVER] Listening on {host}:{port}"
+    assert text[-1] == "[SERVER] Stopped"
+
+
+def test_serve_keeps_its_process_id_in_a_file_while_it_listens(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = user.folder / "pid"
+    seen: List[str] = []
+
+    def look(line: str) -> None:
+        seen.append(path.read_text(encoding="ascii"))
+        sending(signal.SIGTERM)(line)
+
+    with reacting(monkeypatch, ("Listening", look)):
+        assert main([*SERVE, "--pid-file", str(path)]) == 0
+    assert seen == [f"{os.getpid()}\n"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--pid-file", "cannot write the pid file "), ("--log-file", "cannot write the log ")],
+)
+def test_serve_that_cannot_write_a_file_it_was_given_says_so(
+    user: User, option: str, message: str
+) -> None:
+    out, err, code = user.types(*SERVE, option, "none/file")
+    assert (out, code) == ("", 1)
+    assert err.startswith(f"backup: {message}")
+    assert f"none/file: no such file or directory; take another: {option} FILE\n" in err
+    assert err.count("\n") == 1
+
+
+def test_serve_logs_to_a_stderr_that_is_no_file_of_the_system_s(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ending(io.StringIO):
+        """Ends the server as soon as it says that it listens."""
+
+        def write(self, text: str) -> int:
+            if "Listening" in text:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    stderr = Ending()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with watchdog():
+        assert main(SERVE) == 0
+    assert stderr.getvalue().endswith("[SERVER] Stopped\n")
+
+
+def test_serve_opens_its_log_file_anew_at_sighup_or_says_why_not(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = user.folder / "logs"
+    folder.mkdir()
+
+    def drive() -> None:
+        """Renames the file, then takes its folder away, and ends the server."""
+        wait_for(lambda: (folder / "log").exists() and "Listening" in (folder / "log").read_text())
+        (folder / "log").rename(folder / "old")
+        sending(signal.SIGHUP)("")
+        wait_for((folder / "log").exists)
+        folder.rename(user.folder / "moved")
+        sending(signal.SIGHUP)("")
+        wait_for(lambda: "old one" in (user.folder / "moved" / "log").read_text())
+        sending(signal.SIGTERM)("")
+
+    def wait_for(happened: Callable[[], bool]) -> None:
+        while not happened():
+            assert main_thread.is_alive()
+
+    main_thread = threading.main_thread()
+    thread = threading.Thread(target=drive)
+    with watchdog():
+        thread.start()
+        assert main([*SERVE, "--log-file", str(folder / "log")]) == 0
+        thread.join(WAIT_SECONDS)
+    lines = (user.folder / "moved" / "log").read_text(encoding="ascii").splitlines()
+    assert lines[0] == (
+        f"[SERVER] cannot write the log {folder}/log: no such file or directory;"
+        " take another: --log-file FILE; this goes on in the old one"
+    )
+    assert lines[-1] == "[SERVER] Stopped"
+
+
+def test_serve_says_when_its_manager_cannot_be_told(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user.set_variable("NOTIFY_SOCKET", str(user.folder / "none"))
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGTERM))) as lines:
+        assert main(SERVE) == 0
+    told = [line for line in lines if "to NOTIFY_SOCKET: No such file or directory" in line]
+    states = [line.split()[3] for line in told]
+    assert states == ["READY=1", "STOPPING=1"]
+
+
+def test_serve_takes_a_socket_that_was_handed_over_and_no_address_beside_it(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inherited(_: object) -> socket.socket:
+        return socket.create_server(("127.0.0.1", 0))
+
+    monkeypatch.setattr(systemd, "inherited_socket", inherited)
+    out, err, code = user.types(*SERVE)
+    assert (out, code) == ("", 2)
+    assert err == errors("LISTEN_FDS hands over a socket to listen on; leave out --listen")
+    with reacting(monkeypatch, ("Listening", sending(signal.SIGTERM))):
+        assert main(["serve", "--root", "store"]) == 0
 
 
 def test_serve_in_a_store_that_cannot_be_written_says_so(user: User) -> None:

@@ -15,7 +15,7 @@ from backup import config
 from backup.errors import ConfigError
 from tests.helpers import ROOT, WAIT_SECONDS, stdin
 
-EXPECTED = "expected HOST:PORT, for example 127.0.0.1:1234 or [::1]:1234"
+EXPECTED = "expected HOST:PORT, for example 127.0.0.1:1234 or [::1]:1234, or unix:PATH"
 MAKE_SERVER = "make it with one line HOST:PORT, for example 127.0.0.1:1234"
 MAKE_BACKUP = "make it with one file a line, two or more"
 

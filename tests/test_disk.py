@@ -484,6 +484,30 @@ def test_folders_are_made_as_far_as_they_are_missing_for_their_owner_alone(place
         assert stat.S_IMODE((place / folder).stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755, 0o720, 0o702, 0o1777])
+def test_others_may_write_what_its_mode_says(place: Path, mode: int) -> None:
+    place.chmod(mode)
+    assert disk.others_may_write(bytes(place)) is bool(mode & 0o022)
+
+
+def test_where_modes_say_nothing_nobody_is_suspected(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.chmod(0o777)
+    monkeypatch.setattr(disk, "os", Windows())
+    assert not disk.others_may_write(bytes(place))
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_a_private_folder_is_its_owners_whatever_the_umask(place: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        disk.make_private(bytes(place / "a"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((place / "a").stat().st_mode) == 0o700
+
+
 def test_each_folder_that_is_made_durably_is_synced_in_the_one_above_before_the_next_is_made(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 from pathlib import Path
-from typing import ClassVar, List, Sequence
+from typing import ClassVar, Dict, List, Optional, Sequence
 
 import pytest
 
-from backup.log import PREFIX, Line, Log, to_logging, to_stream
+from backup.log import (
+    BACKLOG,
+    PREFIX,
+    Line,
+    Log,
+    as_json,
+    as_text,
+    to_logging,
+    to_stream,
+)
 
 
 class Collector:
@@ -179,3 +189,134 @@ def test_a_server_in_a_library_logs_to_the_logger_backup(caplog: pytest.LogCaptu
         ("backup", logging.INFO, "file=100%s"),
         ("backup", logging.WARNING, "two"),
     ]
+
+
+# -- lines as values ----------------------------------------------------------
+
+REQUEST = {
+    "user": 7,
+    "op": 100,
+    "file": "two\\x20words",
+    "status": None,
+    "bytes": 3,
+    "ms": 2.0,
+    "peer": "127.0.0.1:1",
+    "reason": "cut",
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (Line(logging.INFO, "Stopped"), "Stopped"),
+        (
+            Line(logging.INFO, "", REQUEST),
+            "user=7 op=100 file=two\\x20words status=- bytes=3 ms=2.0 peer=127.0.0.1:1 reason=cut",
+        ),
+        (Line(logging.DEBUG, "closed", {"peer": "h:1"}), "closed peer=h:1"),
+        (Line(logging.INFO, "", {"file": ""}), "file="),
+    ],
+)
+def test_a_line_as_text_is_its_message_and_its_fields(line: Line, text: str) -> None:
+    assert line.text == text
+    assert as_text(line) == f"[SERVER] {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (Line(logging.INFO, "Stopped"), {"level": "info", "message": "Stopped"}),
+        (Line(logging.INFO, "", REQUEST), {"level": "info", **REQUEST}),
+        (
+            Line(logging.WARNING, 'a "quoted"\nline of ünï', {"peer": "h:1"}),
+            {"level": "warning", "message": 'a "quoted"\nline of ünï', "peer": "h:1"},
+        ),
+    ],
+)
+def test_a_line_as_json_is_one_object_with_the_same_fields(
+    line: Line, expected: Dict[str, object]
+) -> None:
+    written = as_json(line)
+    assert written.count("\n") == 1
+    assert written.endswith("}\n")
+    assert written.isascii()
+    found = json.loads(written)
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+def test_what_was_asked_for_is_written_whatever_the_level() -> None:
+    sink = Collector()
+    log = Log(sink, logging.WARNING)
+    log.add(logging.INFO, "not asked for")
+    log.answer("Counters", {"open": 3})
+    log.flush()
+    assert sink.writes == [["Counters open=3"]]
+
+
+# -- a sink that takes only some ----------------------------------------------
+
+
+class Narrow:
+    """A sink that takes as many lines as there is ``room`` for."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.taken: List[str] = []
+
+    def __call__(self, lines: Sequence[Line]) -> Optional[int]:
+        count = min(self.room, len(lines))
+        self.taken += [line.text for line in lines[:count]]
+        self.room -= count
+        return count
+
+
+def test_lines_that_are_not_taken_are_kept_in_order() -> None:
+    sink = Narrow()
+    log = Log(sink)
+    for number in range(5):
+        log.add(logging.INFO, str(number))
+    for room in (0, 2, 0, 1, 5):
+        sink.room = room
+        log.flush()
+    assert sink.taken == ["0", "1", "2", "3", "4"]
+    assert log.dropped == 0
+
+
+def test_beyond_the_backlog_the_oldest_are_lost_and_told_in_their_place() -> None:
+    sink = Narrow()
+    log = Log(sink)
+    total = BACKLOG + 10
+    for number in range(total):
+        log.add(logging.INFO, str(number))
+    log.flush()
+    assert log.dropped == 10
+    log.flush()
+    assert log.dropped == 10
+    sink.room = 2
+    log.flush()
+    assert sink.taken == ["lines of this log that were lost: 10", "10"]
+    assert log.dropped == 0
+    sink.room = total
+    log.flush()
+    assert sink.taken[2:] == [str(number) for number in range(11, total)]
+
+
+def test_many_lines_of_one_turn_are_no_backlog() -> None:
+    sink = Collector()
+    log = Log(sink)
+    for number in range(3 * BACKLOG):
+        log.add(logging.INFO, str(number))
+    log.flush()
+    assert len(sink.writes[0]) == 3 * BACKLOG
+    assert log.dropped == 0
+
+
+def test_the_backlog_is_bounded_however_long_nothing_gets_through() -> None:
+    sink = Narrow()
+    log = Log(sink)
+    for number in range(5 * BACKLOG):
+        log.add(logging.INFO, str(number))
+        log.flush()
+        assert len(log._lines) <= BACKLOG
+    assert log.dropped == 4 * BACKLOG

@@ -717,3 +717,19 @@ def test_what_arrives_while_a_turn_works_is_heard_before_a_deadline_is_missed(
         clock.time += 5
         reactor.turn()
         assert happened == ["heard", "missed"]
+
+
+def test_the_slowest_turn_is_told_without_its_waiting() -> None:
+    now = [100.0]
+    with Reactor(lambda: now[0]) as reactor:
+        assert reactor.slowest_turn == 0.0
+
+        def work(seconds: float) -> None:
+            now[0] += seconds
+
+        for seconds in (0.25, 1.5, 0.5):
+            reactor.next_turn(partial(work, seconds))
+            reactor.at_turn_end(partial(work, seconds))
+            reactor.turn()
+            now[0] += 7.0  # between turns
+    assert reactor.slowest_turn == 3.0

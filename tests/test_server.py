@@ -936,7 +936,9 @@ def test_a_server_without_connections_stops_at_once(serve: ServerFactory) -> Non
     server = serve(Settings(drain_seconds=LONG))
     server.server.stop()
     server.join()
-    assert server.lines == [f"Listening on 127.0.0.1:{server.address[1]}", "Stopped"]
+    assert server.lines[0] == f"Listening on 127.0.0.1:{server.address[1]}"
+    assert server.lines[1].startswith("Counters open=0 total=0 refused=0 bytes_in=0 bytes_out=0 ")
+    assert server.lines[2:] == ["Stopped"]
 
 
 @pytest.mark.parametrize("times", [1, 2])

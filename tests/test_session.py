@@ -16,7 +16,7 @@ import struct
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple, Union
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
@@ -80,11 +80,14 @@ class Bench:
         self.store = Store(root, self.settings)
         self.seconds = 100.0
         self._lines: List[Line] = []
-        self._log = Log(self._lines.extend, logging.DEBUG)
+        self._log = Log(self._take, logging.DEBUG)
+
+    def _take(self, lines: Sequence[Line]) -> None:
+        self._lines.extend(Line(line.level, line.text) for line in lines)
 
     @property
     def lines(self) -> List[Line]:
-        """The log so far."""
+        """The log so far, with all of a line in its message."""
         self._log.flush()
         return self._lines
 

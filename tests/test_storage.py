@@ -123,16 +123,35 @@ def at(end: bytes) -> Callable[..., bool]:
 # What a store is made of.
 
 
-def test_a_store_makes_its_root_for_its_owner_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o177, 0o377])
+def test_a_store_makes_its_root_for_its_owner_alone(tmp_path: Path, umask: int) -> None:
     root = tmp_path / "above" / "store"
-    before = os.umask(0)
+    before = os.umask(umask)
     try:
         put(Store(root), b"a", b"xyz")
     finally:
         os.umask(before)
     for folder in (root, root / ".tmp", root / "11"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((root / "11" / "a").stat().st_mode) == 0o600
+    assert stat.S_IMODE((root / "11" / "a").stat().st_mode) == 0o600 & ~umask
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777, 0o1777, 0o2770])
+def test_a_root_that_others_may_write_is_refused_and_left_alone(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "two words"
+    root.mkdir()
+    root.chmod(mode)
+    (tmp_path / "link").symlink_to(root)
+    for path in (root, tmp_path / "link"):
+        with pytest.raises(StoreFailed) as caught:
+            Store(path)
+        assert str(caught.value) == (
+            f"{path}: others than its owner may write here, and so replace what is stored;"
+            " take that from them: chmod go-w"
+        )
+    assert list(root.iterdir()) == []
+    root.chmod(mode & ~0o022)
+    Store(root)
 
 
 def test_a_store_takes_up_what_an_earlier_one_kept(store: Store, root: Path) -> None:

@@ -389,10 +389,25 @@ def test_a_connection_that_is_made_at_once_is_taken_as_it_is(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")  # to such an address, connect(2) does not have to wait
         listener.listen()
-        stream = connect(socket.AF_UNIX, "socket", PEER)  # type: ignore[arg-type]
+        stream = connect(socket.AF_UNIX, "socket", PEER)
         with stream.socket:
             settle(stream)
             assert stream.send(b"hello") == 5
+
+
+def test_a_unix_socket_on_which_too_many_wait_is_unreachable(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        stack.enter_context(connect(socket.AF_UNIX, path, PEER).socket)
+        with pytest.raises(Unreachable, match="too many wait there; try again"):
+            connect(socket.AF_UNIX, path, PEER)
+
+
+def test_a_unix_socket_that_is_not_there_asks_whether_the_server_runs(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no such file or directory; is it running"):
+        connect(socket.AF_UNIX, str(tmp_path / "none"), PEER)
 
 
 def test_a_process_that_is_out_of_descriptors_does_not_blame_the_network(
