@@ -18,6 +18,7 @@ from __future__ import annotations
 from .address import UnixSocket
 from .client import Client
 from .errors import (
+    AppendOnly,
     BackupError,
     ConfigError,
     ConnectionFailed,
@@ -33,6 +34,7 @@ from .errors import (
     NotFound,
     OutputFailed,
     ProtocolError,
+    QuotaExceeded,
     Refused,
     SetupFailed,
     StoreFailed,
@@ -49,6 +51,7 @@ from .storage import Store
 __version__ = "1.0.0"
 
 __all__ = [
+    "AppendOnly",
     "Backup",
     "BackupError",
     "Client",
@@ -70,6 +73,7 @@ __all__ = [
     "Outcome",
     "OutputFailed",
     "ProtocolError",
+    "QuotaExceeded",
     "Refused",
     "Retrieve",
     "Server",

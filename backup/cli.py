@@ -48,6 +48,24 @@ EXIT_CODES = """exit codes:
 """
 
 
+# What caps the server, in what unit, and what it says; without it, nothing does.
+_CAPS = [
+    ("--max-connections", "N", "serve N connections at once; more wait"),
+    ("--max-connections-per-address", "N", "close what an address opens beyond N connections"),
+    ("--max-file-size", "SIZE", "take no larger file; 2M is 2 x 1024 x 1024 bytes"),
+    ("--user-quota", "SIZE", "let a user hold SIZE"),
+    ("--user-files", "N", "let a user hold N files"),
+    ("--total-quota", "SIZE", "let all users together hold SIZE"),
+    ("--min-free", "SIZE", "leave SIZE of the disk free"),
+]
+_UNCAPPED = {
+    **{flag: "no limit" for flag, _, _ in _CAPS},
+    "--max-connections": "what the descriptor limit allows",
+    "--max-file-size": "4294967291, what the protocol allows",
+    "--min-free": "nothing is kept free",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its complaint in one line, and without shortened options."""
 
@@ -133,6 +151,14 @@ def _serve_options(sub: Parser) -> None:
         action="store_true",
         help="listen where other machines can reach it: there are no passwords",
     )
+    for flag, unit, text in _CAPS:
+        kind = _size if unit == "SIZE" else _positive
+        sub.add_argument(flag, type=kind, metavar=unit, help=f"{text} (default: {_UNCAPPED[flag]})")
+    sub.add_argument(
+        "--append-only",
+        action="store_true",
+        help="let nobody replace or remove what is stored",
+    )
     sub.add_argument(
         "--no-fsync",
         action="store_true",
@@ -197,6 +223,15 @@ def _user_options(sub: Parser) -> None:
     )
 
 
+def _size(text: str) -> int:
+    found = re.fullmatch("0*([1-9][0-9]{0,14})([KMGT]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size from 1 on; bytes, or a unit behind it: 500M, 2G (K, M, G, T)"
+        )
+    return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
+
+
 def _positive(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 999999999")
@@ -214,7 +249,7 @@ def serve(options: argparse.Namespace, _: Console) -> int:
         level = logging.DEBUG if options.verbose else logging.INFO
         log = Log(sink, logging.WARNING if options.quiet else level)
         raise_descriptor_limit()
-        settings = Settings(fsync=not options.no_fsync)
+        settings = _settings(options)
         root = config.store_root(options.root, os.environ)
         server = stack.enter_context(
             Server(root, address, settings, log, allow_anonymous=options.allow_anonymous)
@@ -290,6 +325,20 @@ def _log_sink(options: argparse.Namespace, stack: ExitStack) -> Sink:
         sink = Output(fd, form, encoding)
     stack.callback(sink.close)
     return sink
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        fsync=not options.no_fsync,
+        max_connections=options.max_connections,
+        max_connections_per_address=options.max_connections_per_address,
+        max_file_bytes=options.max_file_size,
+        user_bytes=options.user_quota,
+        user_files=options.user_files,
+        total_bytes=options.total_quota,
+        min_free_bytes=options.min_free,
+        append_only=options.append_only,
+    )
 
 
 def client(options: argparse.Namespace, console: Console) -> int:

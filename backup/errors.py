@@ -27,6 +27,8 @@ the command line returns.
         ├── InvalidName        the name breaks the rule of ``names``
         ├── EmptyFile          BACKUP of zero bytes
         ├── TooLarge           more bytes than an answer could carry back
+        ├── QuotaExceeded      it does not fit into what may be held
+        ├── AppendOnly         it would replace or remove what is stored
         ├── UnknownOperation   an op that is not 100, 200, 201 or 202
         ├── NotDeleted         the server could not remove it, or it is not there
         ├── NotFound           no such file on the server
@@ -164,6 +166,18 @@ class TooLarge(Refused):
     """The file has more bytes than an answer could carry back."""
 
     reason = "too-large"
+
+
+class QuotaExceeded(Refused):
+    """One of the caps on what may be held does not allow it."""
+
+    reason = "quota"
+
+
+class AppendOnly(Refused):
+    """The store takes new files and lets nobody replace or remove any."""
+
+    reason = "append-only"
 
 
 class UnknownOperation(Refused):

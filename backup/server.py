@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 import sys
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, suppress
 from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
@@ -97,8 +97,9 @@ class Server(Owner):
         self._to_commit: Deque[Connection] = deque()
         self._to_step: Deque[Connection] = deque()
         self._settling = False  # whether the end of a turn is awaited, to go on with these
-        room = _room_for_connections(self._listener.fileno())
-        self._room = min(room, self._reactor.room)
+        room = min(_room_for_connections(self._listener.fileno()), self._reactor.room)
+        self._room = min(room, settings.max_connections or room)
+        self._of_host: Counter[str] = Counter()  # connections
         self._full = self._was_full = False
         self._serving = False
         self._stopping = False
@@ -185,6 +186,10 @@ class Server(Owner):
 
     def closed(self, connection: Connection, _: Optional[BackupError]) -> None:
         del self._sessions[connection]
+        host = _host(connection.peer)
+        self._of_host[host] -= 1
+        if not self._of_host[host]:
+            del self._of_host[host]
         if self._store.to_reclaim:  # an upload that came to nothing
             self._settle_soon()
         if self._full:
@@ -225,11 +230,24 @@ class Server(Owner):
                 return False
             return True  # a connection that was gone before it was accepted
         try:
-            accepted.append(self._connection(sock, self._peer(address)))
+            peer = self._peer(address)
+            if self._may_connect(peer):
+                accepted.append(self._connection(sock, peer))
+            else:
+                sock.close()
         except BaseException:
             sock.close()
             raise
         return True
+
+    def _may_connect(self, peer: str) -> bool:
+        """Whether the address may have one more connection."""
+        cap = self._settings.max_connections_per_address
+        if cap is None or self._of_host[_host(peer)] < cap:
+            return True
+        self._counters.refused += 1
+        self._log.add(logging.INFO, "connection refused", {"peer": peer, "reason": "quota"})
+        return False
 
     def _peer(self, address: Tuple[object, ...]) -> str:
         """How a client is called; on a Unix socket it has no address of its own."""
@@ -239,7 +257,7 @@ class Server(Owner):
     def _wait_for_room(self) -> None:
         """Accepts nobody until a connection is closed."""
         if not self._was_full:
-            text = f"{self._room} connections are all that the system allows; others wait"
+            text = f"{self._room} connections are all that are served at once; others wait"
             self._log.add(logging.WARNING, text)
         self._full = self._was_full = True
         self._reactor.unwatch(self._listener)
@@ -266,6 +284,7 @@ class Server(Owner):
             owner=self,
         )
         self._sessions[connection] = session
+        self._of_host[_host(peer)] += 1
         return connection
 
     def _settle(self) -> None:
@@ -361,6 +380,11 @@ class Server(Owner):
         if running:
             self._log.add(logging.WARNING, f"requests that were cut off: {running}")
         self._serving = False
+
+
+def _host(peer: str) -> str:
+    """The address without the port; all who come by a Unix socket are one."""
+    return peer.rpartition(":")[0]
 
 
 def _room_for_connections(in_use: int) -> int:

@@ -167,7 +167,7 @@ class Session(Endpoint):
                 assert isinstance(part.message, Request)
                 return self._begin(part.message)
             if isinstance(part, End):
-                return Later.COMMIT if self.change is not None else None
+                return self._whole() if self.change is not None else None
             return self._cut(part)
         except Refused as error:
             return self._fail(error)
@@ -178,6 +178,9 @@ class Session(Endpoint):
             return None  # it was refused meanwhile
         try:
             if isinstance(self.change, Upload):
+                assert self._request is not None
+                if self._bytes == self._request.size:
+                    return self._whole()
                 self.change.catch_up()
                 return None
             if isinstance(self._body, ListedBody):
@@ -244,7 +247,7 @@ class Session(Endpoint):
             raise EmptyFile("the server refuses an empty file")
         if request.size > MAX_FILE_BYTES:
             raise TooLarge(f"{request.size} bytes are more than an answer can carry")
-        self.change = self._store.begin(request.user_id, request.name)
+        self.change = self._store.begin(request.user_id, request.name, request.size)
 
     def _retrieve(self, request: Request) -> Outgoing:
         stored = self._store.open(request.user_id, request.name)
@@ -286,10 +289,16 @@ class Session(Endpoint):
     def _write(self, view: memoryview) -> Optional[Later]:
         assert isinstance(self.change, Upload)
         assert self._request is not None
+        self._store.reserve(self.change)
         self.change.write(view)
         self._bytes += len(view)
         whole = self._bytes == self._request.size  # then its commit makes it durable
         return Later.STEP if self.change.behind and not whole else None
+
+    def _whole(self) -> Later:
+        """What a change waits for that has come as a whole."""
+        fits = not isinstance(self.change, Upload) or self._store.reserve(self.change)
+        return Later.COMMIT if fits else Later.STEP
 
     def _cut(self, cut: Cut) -> Optional[Outgoing]:
         if cut.state not in (State.SIZE, State.PAYLOAD):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -72,6 +73,30 @@ class Settings:
 
     linger_seconds: float = 30.0
     """How long the server discards what comes after its answer, until the client closes."""
+
+    max_connections: Optional[int] = None
+    """Connections that are served at once; None is as many as there are descriptors for."""
+
+    max_connections_per_address: Optional[int] = None
+    """The same of one address; more are closed at once. None is no cap, here and below."""
+
+    max_file_bytes: Optional[int] = None
+    """The largest file that is taken."""
+
+    user_bytes: Optional[int] = None
+    """What one user may hold, in bytes."""
+
+    user_files: Optional[int] = None
+    """And in files."""
+
+    total_bytes: Optional[int] = None
+    """What all users together may hold, in bytes."""
+
+    min_free_bytes: Optional[int] = None
+    """Bytes that must stay free on the store's disk."""
+
+    append_only: bool = False
+    """Whether nothing that is stored may be replaced or removed."""
 
     drain_seconds: float = 10.0
     """How long running requests may go on after the server was told to stop."""

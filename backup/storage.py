@@ -22,15 +22,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Union
 
 from . import disk
-from .errors import BackupError, InternalError, NotFound, StoreFailed
+from .errors import AppendOnly, BackupError, InternalError, NotFound, StoreFailed
 from .listing import Listing
 from .names import decode, escape
+from .quota import Ledger
 from .reclaim import Reclaim
 from .settings import Settings
 from .upload import Pace, Upload
@@ -105,6 +107,8 @@ class Store:
         self._prefix = os.urandom(8).hex().encode()
         self._count = 0
         self._pace = Pace(settings)
+        self._ledger = Ledger(settings)
+        self._capped = self._ledger.counts or settings.min_free_bytes is not None
         self._reclaim = Reclaim(settings.reclaim_bytes)
         self._let_go = None if at_turn_end is None else self._reclaim.add
         self._listings: List[Listing] = []  # that are being read
@@ -125,23 +129,63 @@ class Store:
             self.sweep()
             # Finds out now, not at the first upload, that nothing can be written.
             self._new_upload(0, b"").abort()
+            if settings.total_bytes is not None:
+                self._count_all()
         except (OSError, ValueError) as error:
             raise disk.failed("cannot keep files", self._root, error) from error
 
-    def begin(self, user_id: int, name: bytes) -> Upload:
-        """A new upload of ``name``, with nothing written yet.
+    def begin(self, user_id: int, name: bytes, size: int = 0) -> Upload:
+        """A new upload of ``name``, of ``size`` bytes for which caps are looked at.
 
-        Raises ``InvalidName`` or ``StoreFailed``.
+        Raises ``InvalidName``, ``QuotaExceeded``, ``AppendOnly`` or ``StoreFailed``.
         """
         decode(name)
+        self._ledger.check_file(size)
         try:
-            return self._new_upload(user_id, name)
+            if self._settings.append_only and self._size(user_id, name) is not None:
+                raise _append_only(name)
+            upload = self._new_upload(user_id, name, size)
         except OSError as error:
             raise disk.failed("cannot begin an upload", self._temporary, error) from error
+        try:
+            self.reserve(upload)
+        except BaseException:
+            upload.abort()
+            raise
+        return upload
+
+    def reserve(self, upload: Upload) -> bool:
+        """Whether there is room for the upload, which is then kept for it.
+
+        False when that is not known yet: each call counts a slice of what the
+        user holds. Before it is known, the upload is not to be committed.
+        Raises ``QuotaExceeded`` or ``StoreFailed``.
+        """
+        if upload.reservation is not None or not self._capped:
+            return True
+        user_id = upload.user_id
+        try:
+            if not self._ledger.counted(user_id, lambda: self._folder_to_read(user_id).entries()):
+                return False
+            free = None
+            if self._settings.min_free_bytes is not None:
+                free = shutil.disk_usage(self._root).free
+            older = self._size(user_id, upload.name)
+        except OSError as error:
+            raise disk.failed("cannot count", self._user_path(user_id), error) from error
+        finally:
+            self._read_no_longer()
+        upload.reservation = self._ledger.reserve(user_id, upload.size, older, free)
+        return True
 
     def remove(self, user_id: int, name: bytes) -> Removal:
-        """The removal of ``name``, to be handed to ``commit``. Raises ``InvalidName``."""
+        """The removal of ``name``, to be handed to ``commit``.
+
+        Raises ``InvalidName`` or ``AppendOnly``.
+        """
         decode(name)
+        if self._settings.append_only:
+            raise _append_only(name)
         return Removal(user_id, name)
 
     def commit(self, changes: Sequence[Change]) -> List[Optional[BackupError]]:
@@ -197,8 +241,7 @@ class Store:
         except OSError as error:
             raise disk.failed("cannot read", self._user_path(user_id), error) from error
         finally:
-            if self._at_turn_end is None:
-                self._close_read_folder()
+            self._read_no_longer()
         if not stat.S_ISREG(found.st_mode):
             disk.close(fd)
             raise _not_found(user_id, name)
@@ -216,8 +259,7 @@ class Store:
         except OSError as error:
             raise disk.failed("cannot list", path, error) from error
         finally:
-            if self._at_turn_end is None:
-                self._close_read_folder()
+            self._read_no_longer()
         if listing.reading:
             self._listings.append(listing)
         return listing
@@ -248,6 +290,17 @@ class Store:
                 " take that from them: chmod go-w",
                 escape(self._root, keep=" "),
             )
+
+    def _count_all(self) -> None:
+        """Counts what every user holds. Raises ``OSError``."""
+        with os.scandir(self._root) as entries:
+            users = [
+                int(e.name) for e in entries if e.is_dir(follow_symlinks=False) and _is_user(e.name)
+            ]
+        for user_id in users:
+            with self._folder(user_id) as folder:
+                while not self._ledger.counted(user_id, folder.entries):
+                    continue
 
     def _attempt(self, step: Callable[[Change], None], change: Change) -> Optional[BackupError]:
         """Takes one step for one change; what kept it from succeeding."""
@@ -281,8 +334,15 @@ class Store:
                 "what has this name in the user's folder is not a regular file; look at it",
                 escape(upload.name, keep=" "),
             )
+        size = None if older is None else older.st_size
+        if size is not None and self._settings.append_only:
+            raise _append_only(upload.name)  # stored since the upload began
+        while not self.reserve(upload):  # for who did not ask before
+            continue
+        self._ledger.check(upload.user_id, upload.size, size)
         with self._held(folder, upload.name, older):
             folder.take(upload.path, upload.name)
+        self._ledger.stored(upload.user_id, upload.size, size)
 
     def _remove(self, folders: _Folders, removal: Removal) -> None:
         try:
@@ -292,6 +352,7 @@ class Store:
                 raise _not_found(removal.user_id, removal.name)
             with self._held(folder, removal.name, found):
                 folder.unlink(removal.name)
+            self._ledger.removed(removal.user_id, found.st_size)
         except FileNotFoundError:
             raise _not_found(removal.user_id, removal.name) from None
 
@@ -345,8 +406,24 @@ class Store:
                 self._at_turn_end(self._close_read_folder)
         return self._read_folder
 
+    def _read_no_longer(self) -> None:
+        """Without a turn whose other requests might want it, the folder is closed at once."""
+        if self._at_turn_end is None:
+            self._close_read_folder()
+
+    def _size(self, user_id: int, name: bytes) -> Optional[int]:
+        """Bytes of the file that has this name now; None if there is none. Raises ``OSError``."""
+        try:
+            found = self._folder_to_read(user_id).status(name)
+        except FileNotFoundError:
+            return None
+        finally:
+            self._read_no_longer()
+        return None if found is None else found.st_size
+
     def close(self) -> None:
         """Lets go of what is still open for other turns."""
+        self._ledger.close()
         self._close_read_folder()
         self._reclaim.close()
 
@@ -355,12 +432,12 @@ class Store:
             self._read_folder.close()
             self._read_folder = None
 
-    def _new_upload(self, user_id: int, name: bytes) -> Upload:
+    def _new_upload(self, user_id: int, name: bytes, size: int = 0) -> Upload:
         """An upload with a new file in the temporary folder, claimed."""
         while True:
             self._count += 1
             path = os.path.join(self._temporary, b"%s-%d" % (self._prefix, self._count))
-            upload = Upload(user_id, name, path, disk.create(path), self._pace, self._let_go)
+            upload = Upload(user_id, name, path, disk.create(path), self._pace, self._let_go, size)
             try:
                 if upload.claim():
                     return upload
@@ -438,6 +515,15 @@ def _open_file(folder: disk.Folder, name: bytes) -> int:
         if error.errno in _NO_FILE:
             raise FileNotFoundError(error.errno, error.strerror) from None
         raise
+
+
+def _is_user(name: bytes) -> bool:
+    return name.isdigit() and (name == b"0" or not name.startswith(b"0"))
+
+
+def _append_only(name: bytes) -> AppendOnly:
+    text = "nothing that is stored here may be replaced or removed"
+    return AppendOnly(text, escape(name, keep=" "))
 
 
 def _not_found(user_id: int, name: bytes) -> NotFound:

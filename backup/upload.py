@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Callable, Optional
 
 from . import disk
+from .quota import Reservation
 from .settings import Settings
 
 _FIRST_PIECE = 4 * 1024 * 1024  # bytes, until the disk has shown what it can do
@@ -52,6 +53,8 @@ class Upload:
         "_written",
         "name",
         "path",
+        "reservation",
+        "size",
         "user_id",
     )
 
@@ -63,11 +66,14 @@ class Upload:
         fd: int,
         pace: Pace,
         let_go: Optional[Callable[[int], None]] = None,
+        size: int = 0,
     ) -> None:
         """``fd`` is the new file at ``path``; ``let_go`` takes it over when it has no name."""
         self.user_id = user_id
         self.name = name
         self.path = path
+        self.size = size  # bytes, as announced
+        self.reservation: Optional[Reservation] = None  # of them, once it is known that they fit
         self._fd = fd
         self._pace = pace
         self._let_go = let_go
@@ -80,6 +86,8 @@ class Upload:
         try:
             disk.write_all(self._fd, data)
             self._written += len(data)
+            if self.reservation is not None:
+                self.reservation.written = self._written
             if self._written - self._started >= self._pace.write_back_bytes:
                 self.start_write_back()
         except OSError as error:
@@ -131,17 +139,23 @@ class Upload:
 
     def close(self) -> None:
         """Lets go of the file, which has its name now."""
+        self._release()
         with suppress(OSError):  # settle has heard the last of what there was to hear
             self._close()
 
     def abort(self) -> None:
         """Gives the upload up: its temporary file goes, or is left to the next start's sweep."""
+        self._release()
         if disk.fcntl is None:
             self.close()  # Windows removes no open file
         with suppress(OSError):
             os.unlink(self.path)
         with suppress(OSError):
             self._close(self._let_go)
+
+    def _release(self) -> None:
+        if self.reservation is not None:
+            self.reservation.release()
 
     def _close(self, let_go: Optional[Callable[[int], None]] = None) -> None:
         if self._fd >= 0:

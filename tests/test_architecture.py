@@ -16,7 +16,7 @@ PACKAGE = ROOT / "backup"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ANY = {"cli", "__main__", "__init__"}
 PURE = {"errors", "names", "wire", "protocol", "settings"}
-PURE |= {"disk", "upload", "listing", "reclaim", "storage"}
+PURE |= {"disk", "upload", "listing", "quota", "reclaim", "storage"}
 FORBIDDEN = {"threading", "_thread", "asyncio", "concurrent", "multiprocessing", "queue"}
 
 

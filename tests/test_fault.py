@@ -380,7 +380,7 @@ def test_a_servers_process_exits_with_1_when_its_log_is_at_fault(tmp_path: Path)
     planted = (
         "from backup.log import Log\n"
         "flush = Log.flush\n"
-        "Log.flush = lambda log: slip() if any('user=' in str(line) for line in log._lines)"
+        "Log.flush = lambda log: slip() if any('user' in line.fields for line in log._lines)"
         " else flush(log)"
     )
     done = run_program(tmp_path, planted, use)

@@ -1187,7 +1187,7 @@ def test_a_full_server_says_once_why_others_wait(
             other.sendall(UPLOAD)
             assert read_all(other) == response(210, b"a")
     told = [line for line in server.lines if "others wait" in line]
-    assert told == ["1 connections are all that the system allows; others wait"]
+    assert told == ["1 connections are all that are served at once; others wait"]
 
 
 def test_a_client_that_stays_holds_up_no_drain_once_it_has_its_answer(serve: ServerFactory) -> None:

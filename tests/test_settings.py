@@ -32,7 +32,23 @@ def test_every_field_is_explained_in_a_sentence() -> None:
     assert all(text.endswith(".") for text in explained().values())
 
 
-@pytest.mark.parametrize("name", FIELDS)
+CAPS = [name for name in FIELDS if getattr(Settings(), name) is None]
+
+
+def test_a_server_has_no_cap_that_nobody_asked_for() -> None:
+    assert set(CAPS) == {
+        "max_connections",
+        "max_connections_per_address",
+        "max_file_bytes",
+        "user_bytes",
+        "user_files",
+        "total_bytes",
+        "min_free_bytes",
+    }
+    assert Settings().append_only is False
+
+
+@pytest.mark.parametrize("name", sorted({*FIELDS} - {*CAPS, "append_only"}))
 def test_every_field_has_a_positive_value_that_nobody_changes_in_place(name: str) -> None:
     value = getattr(Settings(), name)
     assert value > 0
