@@ -17,9 +17,10 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import deque
 from contextlib import suppress
-from typing import Deque, Dict, List, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
 from .address import format_address, resolve
 from .connection import Connection, Later, Outgoing, Owner, Phase
@@ -51,7 +52,8 @@ class Server(Owner):
     It is bound and listening when the constructor returns; ``address`` then has
     the real port. Raises ``ListenFailed``, ``StoreFailed`` or, for a host name
     nobody knows, ``Unreachable``. ``log`` says where lines go; by default
-    to the logger ``backup`` of the module ``logging``.
+    to the logger ``backup`` of the module ``logging``. ``clock`` gives seconds that
+    never go back.
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class Server(Owner):
         address: Tuple[str, int] = ("127.0.0.1", 1234),
         settings: Settings = Settings(),
         log: Optional[Log] = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._log = Log(to_logging) if log is None else log
         self._listener = _listen(address, settings.backlog)
         try:
-            self._reactor = Reactor()
+            self._reactor = Reactor(clock)
         except OSError as error:
             self._listener.close()
             raise _cannot_listen(address, error, "close what it has open") from error
@@ -88,6 +91,7 @@ class Server(Owner):
         self._serving = False
         self._stopping = False
         self._closed = False
+        self._listen_again()
 
     def __enter__(self) -> Server:
         return self
@@ -110,16 +114,23 @@ class Server(Owner):
         self._log.add(logging.INFO, self.greeting)
         self._serving = True
         try:
-            self._listen_again()
             while self._serving:
-                self._log.flush()
-                self._reactor.turn()
-                if self._stopping:
-                    self._hurry()
+                self.turn()
             self._close_connections()
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
+
+    def turn(self) -> None:
+        """Waits, for a second at most, until something can be done, and does it.
+
+        For a loop of one's own, in the place of ``serve_forever``; a byte
+        written to ``wake_fd`` ends the waiting. Then ``close`` ends the service.
+        """
+        self._log.flush()
+        self._reactor.turn()
+        if self._stopping:
+            self._hurry()
 
     def stop(self) -> None:
         """Stops accepting, waits ``drain_seconds`` for running requests, ends ``serve_forever``.
@@ -209,7 +220,7 @@ class Server(Owner):
         self._reactor.deadline(seconds, self._listen_again)
 
     def _connection(self, sock: socket.socket, peer: str) -> Connection:
-        session = Session(self._store, self._log, peer, settings=self._settings)
+        session = Session(self._store, self._log, peer, self._reactor.now, self._settings)
         connection = Connection(
             self._reactor,
             Stream(sock, peer),
