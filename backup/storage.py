@@ -216,6 +216,9 @@ class Store:
             if self._at_turn_end is None:
                 self._close_read_folder()
         if listing.reading:
+            # What reads on has its own descriptor, but its place in the folder belongs to all that
+            # were made of one: another listing from this folder would begin where this one is.
+            self._close_read_folder()
             self._listings.append(listing)
         return listing
 
