@@ -5,7 +5,7 @@ VENV = .venv
 IN_VENV = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve client test tox lint load soak bench zipapp clean
+.PHONY: help demo serve client test tox lint fuzz load soak bench zipapp clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ tox: $(VENV)/tox-ready ## run the tests on every Python here, and lint, types an
 
 lint: $(VENV)/tox-ready ## run the linter and the type checker
 	@$(IN_VENV)/tox -e lint,types
+
+fuzz: $(VENV)/tox-ready ## look for bytes that break it, for 60 s; OPTIONS='--seconds 600' for longer
+	@$(IN_VENV)/tox -q -e fuzz -- $(OPTIONS)
 
 load: ## run 1000 clients against the server in server.info
 	@$(PYTHON) tools/load_test.py --clients 1000

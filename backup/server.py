@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import Counter, deque
 from contextlib import ExitStack, suppress
 from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
@@ -61,7 +62,7 @@ class Server(Owner):
     ``Unreachable``, and for an address that other machines can reach
     ``ConfigError``, unless ``allow_anonymous``: there are no passwords. ``log``
     says where lines go; by default to the logger ``backup`` of the module
-    ``logging``.
+    ``logging``. ``clock`` gives seconds that never go back.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Server(Owner):
         log: Optional[Log] = None,
         *,
         allow_anonymous: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._log = Log(to_logging) if log is None else log
@@ -81,7 +83,7 @@ class Server(Owner):
             self._listener = adopt(address, allow_anonymous)
         self.address: Address = bound(self._listener)
         try:
-            self._reactor = Reactor()
+            self._reactor = Reactor(clock)
         except OSError as error:
             self._listener.close()
             raise cannot_listen(self.address, error, "close what it has open") from error
@@ -104,6 +106,7 @@ class Server(Owner):
         self._serving = False
         self._stopping = False
         self._closed = False
+        self._listen_again()
 
     def __enter__(self) -> Server:
         return self
@@ -126,17 +129,24 @@ class Server(Owner):
         self._serving = True
         try:
             self._log.add(logging.INFO, self.greeting)
-            self._listen_again()
             while self._serving:
-                self._log.flush()
-                self._reactor.turn()
-                if self._stopping:
-                    self._hurry()
+                self.turn()
             self._close_connections()
             self._log.add(logging.INFO, "Counters", self._numbers())
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
+
+    def turn(self) -> None:
+        """Waits, for a second at most, until something can be done, and does it.
+
+        For a loop of one's own, in the place of ``serve_forever``; a byte
+        written to ``wake_fd`` ends the waiting. Then ``close`` ends the service.
+        """
+        self._log.flush()
+        self._reactor.turn()
+        if self._stopping:
+            self._hurry()
 
     def stop(self) -> None:
         """Stops accepting, waits ``drain_seconds`` for running requests, ends ``serve_forever``.
@@ -271,7 +281,7 @@ class Server(Owner):
     def _connection(self, sock: socket.socket, peer: str) -> Connection:
         self._counters.opened += 1
         session = Session(
-            self._store, self._log, peer, settings=self._settings, counters=self._counters
+            self._store, self._log, peer, self._reactor.now, self._settings, self._counters
         )
         connection = Connection(
             self._reactor,

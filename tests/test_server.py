@@ -140,6 +140,30 @@ def test_it_serves_and_logs_both_kinds_of_addresses(tmp_path: Path, host: str) -
     assert lines[-1] == "Stopped"
 
 
+def test_it_can_be_turned_by_hand_on_a_clock_of_ones_own(tmp_path: Path) -> None:
+    seconds = 0.0
+    settings = Settings(header_seconds=5.0)
+    server = Server(tmp_path, ("127.0.0.1", 0), settings, clock=lambda: seconds)
+    with server, connect(server.address) as served, connect(server.address) as silent:
+        served.sendall(UPLOAD)
+        served.setblocking(False)
+        silent.setblocking(False)
+        answer: Optional[bytes] = None
+        while answer is None:  # a turn waits until there is something to do
+            server.turn()
+            with suppress(BlockingIOError):
+                answer = served.recv(100)
+        assert answer == response(210, b"a")
+        os.write(server.wake_fd, b"\0")
+        server.turn()
+        with pytest.raises(BlockingIOError):
+            silent.recv(100)
+        seconds = settings.header_seconds
+        server.turn()
+        silent.settimeout(WAIT_SECONDS)
+        assert silent.recv(100) == b""
+
+
 def test_a_port_that_is_taken_is_refused_with_a_hint(tmp_path: Path) -> None:
     with Server(tmp_path / "one", ("127.0.0.1", 0)) as server:
         with pytest.raises(ListenFailed) as caught:

@@ -975,6 +975,23 @@ def test_what_is_changed_in_a_turn_is_seen_in_it(root: Path) -> None:
     turn.end()
 
 
+def test_listings_of_one_user_that_begin_in_one_turn_are_each_whole(root: Path) -> None:
+    turn = Turn()
+    store = Store(root, Settings(listing_names=2), at_turn_end=turn)
+    names = [b"%d" % number for number in range(7)]
+    for name in names:
+        put(store, name, b"xyz")
+    before = open_descriptors()
+    listings = [store.list(USER) for _ in range(3)]
+    turn.end()
+    while not all(listing.done for listing in listings):
+        for listing in listings:
+            if not listing.done:
+                listing.step()
+    assert [[*listing] for listing in listings] == [names] * 3
+    assert open_descriptors() == before
+
+
 def test_a_store_that_is_closed_in_the_middle_of_a_turn_leaves_nothing_open(root: Path) -> None:
     turn = Turn()
     store = Store(root, at_turn_end=turn)
