@@ -310,6 +310,9 @@ class Store:
         try:
             step(change)
         except BackupError as error:
+            # Its traceback has frames that hold what will hold it: a cycle, and all that hangs on
+            # it, until the collector runs.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             return error
         except OSError as error:
             return disk.failed("cannot change", self._user_path(change.user_id), error)
@@ -392,8 +395,8 @@ class Store:
         except FileNotFoundError:
             if not os.path.isdir(self._temporary):  # not this user is missing, but the whole root
                 raise NotADirectoryError(errno.ENOTDIR, "the store is not there") from None
-            if not create:
-                raise
+            if not create:  # or the root was away, and has just come back
+                return disk.open_folder(path)
         with suppress(FileExistsError):  # another server of this root may have made it first
             disk.make_private(path)
         if self._settings.fsync:

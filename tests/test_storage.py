@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -1433,3 +1434,37 @@ def test_listings_side_by_side_are_each_whole(root: Path, turns: bool) -> None:
                 listing.step()
     assert [[*listing] for listing in listings] == [names] * 3
     store.close()
+
+
+def test_changes_that_fail_leave_nothing_for_the_garbage_collector(root: Path) -> None:
+    store = Store(root)
+    (root / str(USER) / "taken").mkdir(parents=True)
+    gc.collect()
+    gc.disable()  # what only a collection would free would pile up between two of them
+    try:
+        refused = store.commit([store.begin(USER, b"taken"), store.remove(USER, b"missing")])
+        assert [type(failure) for failure in refused] == [StoreFailed, NotFound]
+        del refused
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, (Upload, NotFound))]
+    finally:
+        gc.enable()
+
+
+def test_a_root_that_comes_back_while_it_is_looked_for_is_there(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(root)
+    upload = store.begin(USER, b"a")
+    upload.write(memoryview(b"xyz"))
+    assert store.commit([upload]) == [None]
+    away = root.with_name("away")
+    root.rename(away)
+    isdir = os.path.isdir
+
+    def back(path: bytes) -> bool:
+        if not root.exists():
+            away.rename(root)
+        return isdir(path)
+
+    monkeypatch.setattr(os.path, "isdir", back)
+    assert store.open(USER, b"a").read() == b"xyz"
