@@ -7,6 +7,7 @@ the client is gone, in whatever way it goes.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -16,6 +17,7 @@ from typing import Callable, List, NamedTuple, Optional, Tuple
 from tests.helpers import WAIT_SECONDS, file_payload, reset, response
 
 CONTENT = b"what the server holds"
+PACE, BYTES = 0.005, 400
 MUCH = b"\0" * (1 << 16)
 
 BACKUP, RETRIEVE, DELETE, LIST = 100, 200, 201, 202
@@ -44,10 +46,14 @@ Script = Callable[[Talk], None]
 
 
 class HostileServer:
-    """Does ``script`` on each connection, one after the other, until the block ends."""
+    """Does ``script`` on each connection, one after the other, until the block ends.
 
-    def __init__(self, script: Script) -> None:
+    ``takes_all``: it reads a BACKUP's payload before.
+    """
+
+    def __init__(self, script: Script, takes_all: bool = True) -> None:
         self._script = script
+        self._takes_all = takes_all
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: Tuple[str, int] = self._listener.getsockname()
         self._failures: List[BaseException] = []
@@ -74,10 +80,18 @@ class HostileServer:
                 sock.settimeout(WAIT_SECONDS)
                 try:
                     with suppress(ConnectionError):  # the client leaves when it has seen enough
-                        self._script(Talk(sock, *_head(sock)))
+                        self._script(self._asked(sock))
                         _until_closed(sock)
                 except Exception as failure:  # handed to the test by __exit__
                     self._failures.append(failure)
+
+    def _asked(self, sock: socket.socket) -> Talk:
+        """Reads a request."""
+        _, _, op, length = struct.unpack("<IBBH", _take(sock, 8))
+        name = _take(sock, length)
+        size = int.from_bytes(_take(sock, 4), "little") if op == BACKUP else 0
+        _take(sock, size if self._takes_all else 0)
+        return Talk(sock, op, name)
 
 
 # -- what a script does -------------------------------------------------------
@@ -202,18 +216,36 @@ def listed(payload: bytes, size: int = -1) -> Script:
     return script
 
 
+def dribbling(at_once: Callable[[Talk], bytes]) -> Script:
+    """This at once; then a byte each ``PACE`` seconds, for longer than a client may bear it."""
+
+    def script(talk: Talk) -> None:
+        talk.sock.sendall(at_once(talk))
+        for _ in range(BYTES):
+            if select.select([talk.sock], [], [], PACE)[0]:
+                return  # the client has left
+            talk.sock.sendall(b"\0")
+        talk.sock.shutdown(socket.SHUT_WR)
+
+    return script
+
+
+def sipping(left: threading.Event) -> Script:
+    """Takes a byte of the payload each ``PACE`` seconds until ``left``.
+
+    The client's end is no sign: it stands behind all that is still unread.
+    """
+
+    def script(talk: Talk) -> None:
+        while not left.wait(PACE):
+            talk.sock.recv(1)
+
+    return script
+
+
 def _flood(sock: socket.socket, piece: bytes = MUCH) -> None:
     while True:  # until the client leaves
         sock.sendall(piece)
-
-
-def _head(sock: socket.socket) -> Tuple[int, bytes]:
-    """Reads a whole request; its op and name."""
-    _, _, op, length = struct.unpack("<IBBH", _take(sock, 8))
-    name = _take(sock, length)
-    if op == BACKUP:
-        _take(sock, int.from_bytes(_take(sock, 4), "little"))
-    return op, name
 
 
 def _take(sock: socket.socket, count: int) -> bytes:

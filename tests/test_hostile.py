@@ -12,8 +12,10 @@ import functools
 import os
 import re
 import stat
+import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple, Type
@@ -27,7 +29,8 @@ from backup.errors import BackupError, ConnectionFailed, CutShort, DeadlineMisse
 from backup.settings import Settings
 from tests import hostile
 from tests.helpers import ROOT, WAIT_SECONDS
-from tests.hostile import HostileServer, Script
+from tests.hostile import HostileServer, Script, Talk
+from tests.test_client import afterwards
 
 USER = 11
 MIB = 1 << 20
@@ -366,4 +369,71 @@ def test_a_process_with_little_memory_has_enough(folder: Folder, case: Case, op:
         )
     assert (done.stdout, done.returncode) == ("", 1)
     assert re.fullmatch(f"backup: .*{case.text}.*\n", done.stderr)
+    assert folder.state() == before
+
+
+# -- a byte now and then ------------------------------------------------------
+
+SLOW = Settings(idle_seconds=5.0, header_seconds=0.05, min_rate_bytes=1000, rate_seconds=0.1)
+NO_HEADER = "sent no whole header in 0.05 s"
+TOO_SLOW = "was slower than 1000 bytes a second for 0.1 s; try again"
+LONG_NAME = struct.pack("<BHHI", 1, 212, 65535, 0)
+LONG_LISTING = struct.pack("<BHHII", 1, 212, 0, 64 * MIB, MIB)
+
+
+def begins_a_file(talk: Talk) -> bytes:
+    return hostile.header(talk, 212, MOST) + struct.pack("<I", MOST - 4)
+
+
+DRIBBLED = [
+    *[
+        Case("a name", hostile.dribbling(lambda talk: LONG_NAME), DeadlineMissed, NO_HEADER, [op])
+        for op in ALL
+    ],
+    Case("a file", hostile.dribbling(begins_a_file), DeadlineMissed, TOO_SLOW, FILES),
+    Case(
+        "a listing",
+        hostile.dribbling(lambda talk: LONG_LISTING),
+        DeadlineMissed,
+        TOO_SLOW,
+        ["LIST"],
+    ),
+]
+EVERY_DRIBBLE = [
+    pytest.param(case, op, id=f"{case.title}, {op}") for case in DRIBBLED for op in case.ops
+]
+
+
+@pytest.mark.parametrize(("case", "op"), EVERY_DRIBBLE)
+def test_a_byte_now_and_then_wins_nothing(
+    folder: Folder,
+    case: Case,
+    op: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = folder.state()
+    monkeypatch.setattr(commands, "Client", functools.partial(Client, settings=SLOW))
+    with HostileServer(case.script) as server, Client(server.address, USER, SLOW) as client:
+        with pytest.raises(case.error, match=f"{case.text}$"):
+            folder.ask(client, op)
+        assert main([*ARGUMENTS[op], *options(server)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"backup: .*{case.text}\n", err)
+    assert folder.state() == before
+
+
+def test_taking_a_byte_now_and_then_wins_nothing(folder: Folder) -> None:
+    with (folder.path / "a").open("wb") as file:
+        file.truncate(64 * MIB)  # more than the sockets of both ends hold
+    before = folder.state()
+    left = threading.Event()
+    with (
+        HostileServer(hostile.sipping(left), takes_all=False) as server,
+        Client(server.address, USER, SLOW) as client,
+        afterwards(left),
+        pytest.raises(DeadlineMissed, match=f"{TOO_SLOW}$"),
+    ):
+        client.backup(folder.path / "a")
     assert folder.state() == before
