@@ -192,8 +192,8 @@ class Client(Owner):
         try:
             user_id = self.user_id if job.user_id is None else _check_user(job.user_id)
             report = _silent if progress is None else partial(progress, job)
-            limit = self._settings.max_listing_bytes
-            running.exchange = exchange_for(job, user_id, report, limit)
+            limits = self._settings.max_listing_bytes, self._settings.max_listing_names
+            running.exchange = exchange_for(job, user_id, report, *limits)
             running.addresses = self._addresses()
             self._attempt(running, running.exchange)
         except BackupError as error:

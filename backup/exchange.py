@@ -15,7 +15,7 @@ from typing import Callable, ClassVar, Dict, List, NamedTuple, Optional, Type, U
 from .connection import Endpoint, Outgoing
 from .errors import BackupError, CutShort, NotDeleted, NotFound, ProtocolError, Refused
 from .files import Path, Report, Source, Target
-from .names import encode, escape, show
+from .names import brief, encode, show
 from .protocol import Cut, Data, Excess, Head, Part, State
 from .wire import (
     SIZE,
@@ -24,6 +24,7 @@ from .wire import (
     Request,
     Response,
     Status,
+    check_count,
     decode_listing,
     encode_request,
 )
@@ -121,7 +122,6 @@ class Exchange(Endpoint):
         elif isinstance(part, Cut):
             if part.state is State.HEADER:
                 raise CutShort("it closed without a whole answer; is it a backup server?")
-            _check_version(part.message)  # a server of another kind needs no second try
             raise CutShort(f"the server ended inside the answer's {part.state.value}; try again")
 
     def finish(self) -> None:
@@ -137,7 +137,7 @@ class Exchange(Endpoint):
     def _check(self, response: Response) -> None:
         _check_version(response)
         if response.name != self._name:
-            raise ProtocolError(f"the answer is for {escape(response.name)!r}, another name")
+            raise ProtocolError(f"the answer is for {brief(response.name)!r}, another name")
         failure = self.failures.get(response.status)
         if failure is not None and response.size == 0:
             raise failure(self.refusal() if failure is Refused else _FAILED[failure])
@@ -253,9 +253,11 @@ class ListExchange(Exchange):
     success = Status.FOUND
     failures: ClassVar[Failures] = {Status.FAILED: Refused}
 
-    def __init__(self, user_id: int, max_bytes: int) -> None:
+    def __init__(self, user_id: int, max_bytes: int, max_names: int) -> None:
         super().__init__(user_id, b"")
         self._max_bytes = max_bytes
+        self._max_names = max_names
+        self._size = 0
         self._payload = bytearray()
 
     def finish(self) -> None:
@@ -265,12 +267,21 @@ class ListExchange(Exchange):
     def _begin_payload(self, size: int) -> None:
         if not SIZE.size <= size <= self._max_bytes:
             raise ProtocolError(f"a listing of {size} bytes, not {SIZE.size} to {self._max_bytes}")
+        self._size = size
 
     def _take_payload(self, view: memoryview) -> None:
+        counted = len(self._payload) >= SIZE.size
         self._payload += view
+        if not counted and len(self._payload) >= SIZE.size:
+            (count,) = SIZE.unpack_from(self._payload)
+            check_count(count, self._size)
+            if count > self._max_names:  # as text, a short name takes 20 times its bytes
+                raise ProtocolError(f"a listing of {count} names, more than {self._max_names}")
 
 
-def exchange_for(job: Job, user_id: int, report: Report, max_listing_bytes: int) -> Exchange:
+def exchange_for(
+    job: Job, user_id: int, report: Report, max_listing_bytes: int, max_listing_names: int
+) -> Exchange:
     """The exchange that does this job. Raises ``InvalidName`` or ``LocalFileError``."""
     if isinstance(job, Backup):
         return BackupExchange(user_id, job, report)
@@ -278,7 +289,7 @@ def exchange_for(job: Job, user_id: int, report: Report, max_listing_bytes: int)
         return RetrieveExchange(user_id, job, report)
     if isinstance(job, Delete):
         return DeleteExchange(user_id, job)
-    return ListExchange(user_id, max_listing_bytes)
+    return ListExchange(user_id, max_listing_bytes, max_listing_names)
 
 
 def subject(job: Job) -> str:

@@ -84,7 +84,7 @@ def of_path(path: Union[str, os.PathLike[str]]) -> str:
 
 
 def _invalid(raw: bytes, fault: str) -> InvalidName:
-    return InvalidName(f"not a name for a file: {fault}; use another", escape(raw, keep=" "))
+    return InvalidName(f"not a name for a file: {fault}; use another", brief(raw))
 
 
 def _bytes(text: str) -> bytes:
@@ -120,6 +120,12 @@ def escape(raw: bytes, keep: str = "") -> str:
         char if (char.isprintable() and char not in " \\") or char in keep else _escaped(char)
         for char in raw.decode("utf-8", "surrogateescape")
     )
+
+
+def brief(raw: bytes) -> str:
+    """What a peer sent for a name, for a message: escaped, and no longer than a name may be."""
+    more = "..." if len(raw) > MAX_NAME_BYTES else ""
+    return escape(raw[:MAX_NAME_BYTES], keep=" ") + more
 
 
 def _escaped(char: str) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Dict, List, NamedTuple, Tuple, Union
 
-from .wire import REQUEST_HEADER, RESPONSE_HEADER, SIZE, Op, Request, Response
+from .wire import REQUEST_HEADER, RESPONSE_HEADER, SIZE, VERSION, Op, Request, Response
 
 
 class State(Enum):
@@ -207,7 +207,11 @@ class RequestReceiver(Receiver):
 
 
 class ResponseReceiver(Receiver):
-    """The client's end: header, which holds the size, filename, payload."""
+    """The client's end: header, which holds the size, filename, payload.
+
+    A header of another version ends the message: what follows it, and how long
+    that is, only that version knows, and there is nothing to wait for.
+    """
 
     __slots__ = ("_name", "_size", "_status", "_version")
 
@@ -219,6 +223,8 @@ class ResponseReceiver(Receiver):
     def _read(self, field: bytes) -> Tuple[Event, int]:
         if self.state is _HEADER:
             self._version, self._status, length, self._size = RESPONSE_HEADER.unpack(field)
+            if self._version != VERSION:
+                return _ENDED, 0
             if length:
                 return _NAMED, length
         else:

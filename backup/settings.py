@@ -114,5 +114,8 @@ class Settings:
     max_listing_bytes: int = 64 * MIB
     """The largest LIST answer that the client takes; it is held in memory."""
 
+    max_listing_names: int = 1024 * KIB
+    """The most names in it; as text they take up to 20 times the room they had on the wire."""
+
     stale_seconds: float = 24 * 3600.0
     """Where files cannot be locked: the age from which a temporary file counts as left behind."""

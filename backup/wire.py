@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import Iterable, List, NamedTuple
 
 from .errors import BackupError, InvalidName, ProtocolError
-from .names import decode
+from .names import MAX_NAME_BYTES, decode
 
 VERSION = 1
 MAX_USER_ID = 2**32 - 1
@@ -105,6 +105,19 @@ def encode_listing(names: Iterable[bytes]) -> bytes:
     """The payload of LIST: count, then the names, sorted by bytes."""
     ordered = sorted(names)
     return SIZE.pack(len(ordered)) + encode_names(ordered)
+
+
+def check_count(count: int, size: int) -> None:
+    """Refuses a LIST payload of ``size`` bytes that cannot hold ``count`` lawful names.
+
+    The first four bytes tell, so that a listing that lies need not be received.
+    Raises ``ProtocolError``.
+    """
+    if size < listing_size(count, count):
+        raise ProtocolError(f"a listing of {size} bytes ends before the names it counts")
+    most = listing_size(count, count * MAX_NAME_BYTES)
+    if size > most:
+        raise ProtocolError(f"at least {size - most} bytes follow the last name of a listing")
 
 
 def decode_listing(payload: bytes) -> List[str]:

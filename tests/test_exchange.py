@@ -43,7 +43,7 @@ from tests.helpers import file_payload, request, response
 
 USER = 11
 OLD, NEW = b"what was there before", b"what the server holds now"
-MAX_LISTING = 64
+MAX_LISTING, MAX_NAMES = 64, 8
 
 Snapshot = Dict[str, bytes]
 
@@ -103,7 +103,7 @@ class Place:
         def report(done: int, size: int) -> None:
             self.reports.append((done, size))
 
-        exchange = exchange_for(job, USER, report, MAX_LISTING)
+        exchange = exchange_for(job, USER, report, MAX_LISTING, MAX_NAMES)
         send(exchange.request())
         exchange.sent()
         return exchange
@@ -162,7 +162,7 @@ def expect(place: Place, op: str, answer: bytes, kind: Type[BackupError], text: 
     ],
 )
 def test_each_job_asks_what_the_protocol_says(place: Place, op: str, head: bytes) -> None:
-    exchange = exchange_for(place.job(op), USER, lambda done, size: None, MAX_LISTING)
+    exchange = exchange_for(place.job(op), USER, lambda done, size: None, MAX_LISTING, MAX_NAMES)
     for _ in range(2):  # again, when an address could not be reached
         outgoing = exchange.request()
         assert outgoing.head == head
@@ -259,6 +259,11 @@ def test_what_a_server_says_instead_of_the_name_is_shown_escaped(place: Place) -
     assert str(caught.value).isprintable()
 
 
+def test_what_a_server_says_instead_of_the_name_is_shown_only_so_long(place: Place) -> None:
+    with pytest.raises(ProtocolError, match=r"is for 'n{255}\.\.\.', another name$"):
+        feed(place.make(place.job("DELETE")), response(211, b"n" * 65535))
+
+
 @pytest.mark.parametrize(
     ("op", "answer", "text"),
     [
@@ -283,6 +288,10 @@ def test_what_a_server_says_instead_of_the_name_is_shown_escaped(place: Place) -
         ("LIST", response(212, b"", listing(b"a", count=2**32 - 1)), "ends before the names"),
         ("LIST", response(212, b"", listing(b"a", b"b", count=1)), "3 bytes follow the last name"),
         ("LIST", response(212, b"", listing(b"a", count=0)), "3 bytes follow the last name"),
+        ("LIST", response(212, b"", listing(b"a", count=0))[:13], "least 3 bytes follow the last"),
+        ("LIST", response(212, b"", listing(b"a", count=2))[:13], "ends before the names"),
+        ("LIST", response(212, b"", listing(*[b"a"] * 9)), "a listing of 9 names, more than 8"),
+        ("LIST", response(212, b"", listing(*[b"a"] * 9))[:13], "of 9 names, more than 8"),
         ("LIST", response(212, b"", listing(b"abc")[:-1]), "3 bytes passes the payload's end"),
     ],
 )
@@ -295,7 +304,7 @@ def test_a_size_that_lies_is_not_believed(place: Place, op: str, answer: bytes, 
     [b"", b".", b"..", b"../a", b"a/b", b"a\\b", b"a\x00", b"a\x1b[2J", b"\xff", b"\xc2\x85"],
 )
 def test_a_listed_name_that_breaks_the_rule_is_a_protocol_error(place: Place, name: bytes) -> None:
-    answer = response(212, b"", listing(b"a", name))
+    answer = response(212, b"", listing(b"a", name, b"bb"))
     with pytest.raises(ProtocolError, match="the server lists") as caught:
         feed(place.make(Listing()), answer)
     assert str(caught.value).isprintable()
@@ -331,7 +340,9 @@ def test_a_server_of_another_kind_is_not_tried_again(place: Place, op: str) -> N
 
 
 def test_a_file_that_was_not_sent_whole_cannot_have_been_stored(place: Place) -> None:
-    exchange = exchange_for(place.job("BACKUP"), USER, lambda done, size: None, MAX_LISTING)
+    exchange = exchange_for(
+        place.job("BACKUP"), USER, lambda done, size: None, MAX_LISTING, MAX_NAMES
+    )
     outgoing = exchange.request()
     assert outgoing.body is not None
     with closing(outgoing.body), pytest.raises(ProtocolError):
@@ -366,7 +377,7 @@ def test_a_file_that_is_there_is_noticed_before_anything_is_asked(place: Place) 
 
 def test_a_file_that_is_missing_is_noticed_when_it_is_asked_for(place: Place) -> None:
     exchange = exchange_for(
-        Backup(place.folder / "none", "a"), USER, lambda done, size: None, MAX_LISTING
+        Backup(place.folder / "none", "a"), USER, lambda done, size: None, MAX_LISTING, MAX_NAMES
     )
     with pytest.raises(LocalFileError, match="no such file"):
         exchange.request()

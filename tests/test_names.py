@@ -12,7 +12,7 @@ import pytest
 
 from backup import names
 from backup.errors import InvalidName
-from backup.names import MAX_NAME_BYTES, decode, encode, escape, lawful, of_path, show
+from backup.names import MAX_NAME_BYTES, brief, decode, encode, escape, lawful, of_path, show
 
 LAWFUL = [
     "a",
@@ -324,3 +324,12 @@ def test_whatever_the_bytes_what_escape_shows_is_one_printable_word() -> None:
 )
 def test_show_leaves_spaces_and_escapes_the_rest(text: str, shown: str) -> None:
     assert show(text) == shown
+
+
+def test_a_name_in_a_message_is_escaped_and_no_longer_than_a_name_may_be() -> None:
+    assert brief(b"a b\x1b") == "a b\\x1b"
+    assert brief(b"n" * MAX_NAME_BYTES) == "n" * MAX_NAME_BYTES
+    assert brief(b"n" * 0xFFFF) == "n" * MAX_NAME_BYTES + "..."
+    with pytest.raises(InvalidName) as caught:
+        decode(b"\n" * 0xFFFF)
+    assert caught.value.subject == "\\x0a" * MAX_NAME_BYTES + "..."

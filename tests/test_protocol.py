@@ -83,7 +83,7 @@ MESSAGES = [
     asked("another version", request(1, 200, b"a", version=7), 1, 7, 200, b"a"),
     asked("a name that is not lawful", request(1, 200, b"../\xff\0"), 1, 1, 200, b"../\xff\0"),
     answered("an unknown status", response(7, b"a", b"xy"), 1, 7, b"a", 2, payload=b"xy"),
-    answered("another version back", response(210, b"a", version=9), 9, 210, b"a", 0),
+    answered("another version back", response(210, version=9), 9, 210, b"", 0),
 ]
 every_message = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.title)
 
@@ -154,6 +154,15 @@ def test_a_head_comes_with_the_last_byte_before_the_payload_and_not_later(messag
     assert receive(receiver, [fields[:-1]]) == []
     assert receive(receiver, [fields[-1:]])[0] == message.parts[0]
     assert receiver.state is (State.PAYLOAD if payload else State.DONE)
+
+
+def test_an_answer_of_another_version_ends_with_its_header() -> None:
+    """A name and a payload are not waited for: only that version knows what they are."""
+    raw = response(212, b"abc", b"xyz", version=9)
+    receiver = ResponseReceiver()
+    assert receive(receiver, [raw[:8]]) == []
+    assert receive(receiver, [raw[8:9]]) == [Head(Response(9, 212, b"", 3)), End()]
+    assert receive(receiver, [raw[9:]]) == [Excess(6)]
 
 
 @pytest.mark.parametrize("receiver", [RequestReceiver(), ResponseReceiver()])

@@ -18,6 +18,7 @@ from backup.wire import (
     Request,
     Response,
     Status,
+    check_count,
     decode_listing,
     encode_listing,
     encode_names,
@@ -164,6 +165,20 @@ def test_count_lengths_and_payload_must_agree(hexadecimal: str, message: str) ->
     with pytest.raises(ProtocolError) as caught:
         listing(hexadecimal)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "most"), [(0, 4, 4), (1, 7, 261), (1 << 24, 4 + 3 * 2**24, 4 + 257 * 2**24)]
+)
+def test_so_many_names_have_so_many_bytes(count: int, least: int, most: int) -> None:
+    check_count(count, least)
+    check_count(count, most)
+    text = f"^a listing of {least - 1} bytes ends before the names it counts$"
+    with pytest.raises(ProtocolError, match=text):
+        check_count(count, least - 1)
+    text = "^at least 2 bytes follow the last name of a listing$"
+    with pytest.raises(ProtocolError, match=text):
+        check_count(count, most + 2)
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"../a", b"a\\b", b"\x1b[2J", b"\xff"])

@@ -39,6 +39,7 @@ _REFUSED: Dict[object, Kinds] = {1001: (Refused,), 1002: (NotDeleted,), 1003: (N
 
 USER = 11
 MAX_LISTING = 64
+MAX_NAMES = 1000
 """Bytes of the largest listing that the client of these examples takes."""
 
 
@@ -177,6 +178,8 @@ def _response(data: bytes) -> Whole:
         return Whole((0, 0, b"", 0), False, b"", False, 0, "header")
     version, status, length, size = struct.unpack_from("<BHHI", data)
     name, rest = data[9 : 9 + length], data[9 + length :]
+    if version != 1:  # another protocol's bytes: nobody knows what follows
+        return _payload((version, status, b"", size), data[9:], 0)
     if len(name) < length:
         return Whole((version, status, b"", size), False, b"", False, 0, "filename")
     return _payload((version, status, name, size), rest, size)
@@ -230,7 +233,7 @@ def check_answer(example: Believed, tally: Tally) -> None:
             Listing(),
         ]
         job = jobs[OPS.index(example.op)]
-        exchange = exchange_for(job, USER, lambda *_: None, MAX_LISTING)
+        exchange = exchange_for(job, USER, lambda *_: None, MAX_LISTING, MAX_NAMES)
         outgoing = exchange.request()
         error: Optional[BackupError] = None
         try:
