@@ -222,8 +222,10 @@ def status(fd: int) -> os.stat_result:
 
 def close(fd: int) -> None:
     """Closes what nothing was written by that a failure could still tell to be lost."""
-    with suppress(OSError):  # the descriptor is gone all the same (close(2))
+    try:  # suppress() would cost each small request half a microsecond
         os.close(fd)
+    except OSError:
+        return  # the descriptor is gone all the same (close(2))
 
 
 def sync(fd: int) -> None:

@@ -196,10 +196,11 @@ class Server(Owner):
 
     def closed(self, connection: Connection, _: Optional[BackupError]) -> None:
         del self._sessions[connection]
-        host = _host(connection.peer)
-        self._of_host[host] -= 1
-        if not self._of_host[host]:
-            del self._of_host[host]
+        if self._of_host:
+            host = _host(connection.peer)
+            self._of_host[host] -= 1
+            if not self._of_host[host]:
+                del self._of_host[host]
         if self._store.to_reclaim:  # an upload that came to nothing
             self._settle_soon()
         if self._full:
@@ -294,7 +295,8 @@ class Server(Owner):
             owner=self,
         )
         self._sessions[connection] = session
-        self._of_host[_host(peer)] += 1
+        if self._settings.max_connections_per_address is not None:
+            self._of_host[_host(peer)] += 1
         return connection
 
     def _settle(self) -> None:

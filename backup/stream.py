@@ -90,8 +90,10 @@ class Stream:
 
     def end(self) -> None:
         """Tells the peer that nothing more will be sent; receiving goes on."""
-        with suppress(OSError):  # the peer is gone: then it needs no telling
+        try:  # suppress() would cost each small request half a microsecond
             self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # the peer is gone: then it needs no telling
 
     def close(self) -> None:
         """Closes the socket. What was sent is still delivered, unless unread bytes are left."""
