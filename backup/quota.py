@@ -8,12 +8,15 @@ makes room for the one that replaces it.
 
 What a user holds is counted once, a slice at a time, before his first upload
 ends; a change in between begins it anew. From then on it is kept up to date.
+Nothing is kept of a user who holds nothing and sends nothing, nor of a counting
+that nobody waits for any more: strangers can name four billion users.
 What is changed by another's hand, or by another server of the same root, is
 seen at the next start.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
 from typing import Callable, Dict, Optional, Set
 
@@ -51,7 +54,8 @@ class Count:
         for entry in islice(self._entries, self._slice):
             seen += 1
             if entry.is_file(follow_symlinks=False):
-                self.held.add(1, entry.stat(follow_symlinks=False).st_size)
+                with suppress(FileNotFoundError):  # another server has removed it meanwhile
+                    self.held.add(1, entry.stat(follow_symlinks=False).st_size)
         return seen < self._slice
 
     def close(self) -> None:
@@ -60,21 +64,21 @@ class Count:
 
 
 class Reservation:
-    """The room that one upload was promised; ``release`` it when the upload has ended."""
+    """The room of one upload, once it is ``granted``; ``release`` it when the upload has ended."""
 
-    __slots__ = ("_ledger", "files", "more", "size", "user_id", "written")
+    __slots__ = ("_ledger", "files", "granted", "more", "size", "user_id", "written")
 
-    def __init__(self, ledger: Ledger, user_id: int, size: int, older: Optional[int]) -> None:
+    def __init__(self, ledger: Ledger, user_id: int, size: int) -> None:
         self._ledger = ledger
         self.user_id = user_id
         self.size = size
         self.written = 0  # of it
-        self.files = 1 if older is None else 0
-        self.more = max(0, size - (older or 0))  # bytes that the user will hold more than before
+        self.granted = False
+        self.files = self.more = 0  # files and bytes that the user will hold more than before
 
     def release(self) -> None:
         """Gives the room back; what was stored meanwhile is in the ledger as that."""
-        self._ledger.running.discard(self)
+        self._ledger.end(self)
 
 
 class Ledger:
@@ -84,7 +88,7 @@ class Ledger:
         self._settings = settings
         caps = (settings.user_bytes, settings.user_files, settings.total_bytes)
         self.counts = any(cap is not None for cap in caps)
-        self.running: Set[Reservation] = set()
+        self._running: Dict[int, Set[Reservation]] = {}  # of each user
         self._users: Dict[int, Held] = {}
         self._counting: Dict[int, Count] = {}
         self._total = Held()
@@ -94,6 +98,24 @@ class Ledger:
         cap = self._settings.max_file_bytes
         if cap is not None and size > cap:
             raise QuotaExceeded(f"a file of {size} bytes; at most {cap} are taken")
+
+    def begin(self, user_id: int, size: int) -> Reservation:
+        """What an upload of ``size`` bytes wants; nothing is promised yet."""
+        wanted = Reservation(self, user_id, size)
+        self._running.setdefault(user_id, set()).add(wanted)
+        return wanted
+
+    def end(self, reservation: Reservation) -> None:
+        """Takes it back; the second time, that is nothing."""
+        user_id = reservation.user_id
+        own = self._running.get(user_id)
+        if own is None or reservation not in own:
+            return
+        own.remove(reservation)
+        if not own:
+            del self._running[user_id]
+            self._forget(user_id)
+            self._let_go(user_id)
 
     def counted(self, user_id: int, entries: Callable[[], disk.Entries]) -> bool:
         """Whether it is known what the user holds; counts a slice if it is not.
@@ -121,32 +143,31 @@ class Ledger:
         self._forget(user_id)
         return True
 
-    def reserve(
-        self, user_id: int, size: int, older: Optional[int], free: Optional[int]
-    ) -> Reservation:
-        """Room for ``size`` bytes; ``older`` are the bytes of the file that they replace.
+    def grant(self, wanted: Reservation, older: Optional[int], free: Optional[int]) -> None:
+        """Promises the room; ``older`` are the bytes of the file that is replaced.
 
         ``free`` are the bytes free on the disk, where that matters. The user
         must have been ``counted``. Raises ``QuotaExceeded``.
         """
-        wanted = Reservation(self, user_id, size, older)
+        size, user_id = wanted.size, wanted.user_id
+        own = [one for one in self._running[user_id] if one.granted]
+        of_all = [one for each in self._running.values() for one in each if one.granted]
+        new, more = int(older is None), size - (older or 0)
         if free is not None:
-            promised = sum(one.size - one.written for one in self.running)
+            promised = sum(one.size - one.written for one in of_all)
             floor = self._settings.min_free_bytes or 0
             if free - promised - size < floor:
                 raise QuotaExceeded(
                     f"{size} bytes, and {free - promised} are free of which {floor} must stay"
                 )
         if self.counts:
-            own = [one for one in self.running if one.user_id == user_id]
             self._check(
                 user_id,
-                wanted.files + sum(one.files for one in own),
-                size - (older or 0) + sum(one.more for one in own),
-                size - (older or 0) + sum(one.more for one in self.running),
+                new + sum(one.files for one in own),
+                more + sum(one.more for one in own),
+                more + sum(one.more for one in of_all),
             )
-        self.running.add(wanted)
-        return wanted
+        wanted.granted, wanted.files, wanted.more = True, new, max(0, more)
 
     def check(self, user_id: int, size: int, older: Optional[int]) -> None:
         """Raises ``QuotaExceeded`` if the file does not fit now that it is to have its name."""
@@ -173,6 +194,7 @@ class Ledger:
         if held is not None:
             held.add(files, size)
             self._total.add(files, size)
+            self._let_go(user_id)
 
     def _check(self, user_id: int, files: int, size: int, size_of_all: int) -> None:
         """What the user, and all together, would hold then."""
@@ -191,7 +213,14 @@ class Ledger:
         ):
             raise QuotaExceeded(f"all users may hold {caps.total_bytes} bytes and hold {total}")
 
+    def _let_go(self, user_id: int) -> None:
+        """Keeps nothing of a user who holds nothing and sends nothing; that is counted quickly."""
+        held = self._users.get(user_id)
+        if held is not None and not held.files and user_id not in self._running:
+            del self._users[user_id]
+
     def _forget(self, user_id: int) -> None:
+        """Ends the counting of what the user holds, if it has not ended."""
         count = self._counting.pop(user_id, None)
         if count is not None:
             count.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Optional
+
+from .errors import ConfigError
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -13,7 +15,7 @@ MIB = 1024 * KIB
 class Settings:
     """The tunables of both ends; make another with ``dataclasses.replace``.
 
-    Bytes and seconds throughout.
+    Bytes and seconds throughout. A cap is None, for none, or at least 1: raises ``ConfigError``.
     """
 
     scratch_bytes: int = 256 * KIB
@@ -119,3 +121,11 @@ class Settings:
 
     stale_seconds: float = 24 * 3600.0
     """Where files cannot be locked: the age from which a temporary file counts as left behind."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is None and value is not None and value < 1:
+                raise ConfigError(
+                    f"{field.name}={value} is no cap; take 1 or more, or None for none"
+                )

@@ -161,9 +161,13 @@ class Store:
         user holds. Before it is known, the upload is not to be committed.
         Raises ``QuotaExceeded`` or ``StoreFailed``.
         """
-        if upload.reservation is not None or not self._capped:
+        if not self._capped:
             return True
         user_id = upload.user_id
+        if upload.reservation is None:
+            upload.reservation = self._ledger.begin(user_id, upload.size)
+        if upload.reservation.granted:
+            return True
         try:
             if not self._ledger.counted(user_id, lambda: self._folder_to_read(user_id).entries()):
                 return False
@@ -175,7 +179,7 @@ class Store:
             raise disk.failed("cannot count", self._user_path(user_id), error) from error
         finally:
             self._read_no_longer()
-        upload.reservation = self._ledger.reserve(user_id, upload.size, older, free)
+        self._ledger.grant(upload.reservation, older, free)
         return True
 
     def remove(self, user_id: int, name: bytes) -> Removal:

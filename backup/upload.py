@@ -73,7 +73,7 @@ class Upload:
         self.name = name
         self.path = path
         self.size = size  # bytes, as announced
-        self.reservation: Optional[Reservation] = None  # of them, once it is known that they fit
+        self.reservation: Optional[Reservation] = None  # for them, where there are caps
         self._fd = fd
         self._pace = pace
         self._let_go = let_go

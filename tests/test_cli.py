@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NoReturn, Tuple
 
@@ -20,6 +21,10 @@ import pytest
 
 from backup import Server, UnixSocket, __version__, cli, systemd
 from backup.cli import main
+from backup.errors import ListenFailed
+from backup.log import Log
+from backup.settings import Settings
+from backup.wire import MAX_FILE_BYTES
 from tests.helpers import (
     ROOT,
     WAIT_SECONDS,
@@ -112,6 +117,93 @@ def test_a_wrong_word_is_one_line_and_2(user: User, arguments: List[str], messag
     assert err.startswith("backup")
     assert message in err
     assert err.count("\n") == 1
+
+
+# Each cap's option, the field of Settings it is for, its unit, and what --help says of its default.
+CAPS = [
+    ("--max-connections", "max_connections", "N", "what the descriptor limit allows"),
+    ("--max-connections-per-address", "max_connections_per_address", "N", "no limit"),
+    ("--max-file-size", "max_file_bytes", "SIZE", f"{MAX_FILE_BYTES}, what the protocol allows"),
+    ("--user-quota", "user_bytes", "SIZE", "no limit"),
+    ("--user-files", "user_files", "N", "no limit"),
+    ("--total-quota", "total_bytes", "SIZE", "no limit"),
+    ("--min-free", "min_free_bytes", "SIZE", "nothing is kept free"),
+]
+
+
+def settings_of(user: User, monkeypatch: pytest.MonkeyPatch, *options: str) -> Settings:
+    """The settings with which ``serve`` would make its server."""
+    made: List[Settings] = []
+
+    def make(root: Path, address: Tuple[str, int], settings: Settings, *_: Log, **__: bool) -> None:
+        made.append(settings)
+        raise ListenFailed("this is as far as it goes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "Server", make)
+        said = user.types("serve", "--listen", "127.0.0.1:0", *options)
+    assert (said.err, said.code) == (errors("this is as far as it goes"), ListenFailed.exit_code)
+    (settings,) = made
+    return settings
+
+
+@pytest.mark.parametrize(("option", "field", "unit"), [row[:3] for row in CAPS])
+def test_each_cap_reaches_the_setting_it_is_for(
+    user: User, monkeypatch: pytest.MonkeyPatch, option: str, field: str, unit: str
+) -> None:
+    values = {"1": 1, "500": 500, "007": 7, "999999999": 999999999}
+    if unit == "SIZE":
+        values.update({"3K": 3 << 10, "2M": 2 * 1024 * 1024, "2G": 2 << 30, "1T": 1 << 40})
+    for text, value in values.items():
+        found = settings_of(user, monkeypatch, option, text)
+        assert found == replace(Settings(), **{field: value})  # type: ignore[arg-type]
+
+
+def test_append_only_reaches_its_setting_and_without_options_there_is_no_cap(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settings_of(user, monkeypatch) == Settings()
+    assert settings_of(user, monkeypatch, "--append-only") == Settings(append_only=True)
+
+
+@pytest.mark.parametrize(("option", "unit"), [(row[0], row[2]) for row in CAPS])
+def test_a_cap_that_is_no_size_or_number_is_refused(user: User, option: str, unit: str) -> None:
+    words = [
+        "0",
+        "00",
+        "-1",
+        "+1",
+        "1.5G",
+        "much",
+        "",
+        " 1",
+        "1 ",
+        "1_000",
+        "1m",
+        "1MB",
+        "M",
+        "\u0661",
+    ]
+    if unit == "SIZE":
+        words += ["0M", "9" * 16]
+        expected = "is not a size from 1 on; bytes, or a unit behind it: 500M, 2G (K, M, G, T)"
+    else:
+        words += ["1K", "1" * 10]
+        expected = "is not a number from 1 to 999999999"
+    for word in words:
+        out, err, code = user.types("serve", f"{option}={word}")
+        assert (out, code) == ("", 2)
+        line = f"argument {option}: {word!r} {expected}; see backup serve --help"
+        assert err == f"backup serve: {line}\n"
+    assert not (user.folder / "backupsvr").exists()
+
+
+def test_help_shows_what_holds_without_a_cap(user: User) -> None:
+    text = " ".join(user.types("serve", "--help").out.split())
+    for option, _, unit, default in CAPS:
+        (found,) = re.findall(rf" {option} {unit} ([^()]*) \(default: ([^()]*)\)", text)
+        assert found[1] == default
+    assert "2M is 2 x 1024 x 1024 bytes" in text
 
 
 def test_a_number_of_files_at_once_is_taken(user: User, served: RunningServer) -> None:

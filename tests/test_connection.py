@@ -26,6 +26,7 @@ from backup.errors import (
     CutShort,
     DeadlineMissed,
     FileChanged,
+    InternalError,
     ProtocolError,
     Refused,
     Unreachable,
@@ -203,6 +204,7 @@ class House(Owner):
         self.waiting: List[Connection] = []
         self.waits_for: List[Later] = []
         self.ended: Dict[Connection, Optional[BackupError]] = {}
+        self.faults: List[Exception] = []
 
     def use(self, **settings: float) -> None:
         """Other settings than the default ones, for the connections that are made next."""
@@ -269,6 +271,10 @@ class House(Owner):
     def put_off(self, connection: Connection, later: Later) -> None:
         self.waiting.append(connection)
         self.waits_for.append(later)
+
+    def failed(self, connection: Connection, error: InternalError) -> None:
+        assert connection not in self.ended
+        self.faults.append(error.fault)
 
     def closed(self, connection: Connection, error: Optional[BackupError]) -> None:
         assert connection not in self.ended, "closed twice"
@@ -942,6 +948,15 @@ def test_who_was_refused_for_dribbling_has_a_moment_to_close(house: House) -> No
     assert connection.phase is CLOSED
 
 
+def test_a_refusal_that_the_peer_does_not_take_at_once_is_not_waited_for(house: House) -> None:
+    ours, theirs = house.pair()
+    house.serve(ours, Notes(refuse=Outgoing(bytes(30 << 20))))
+    theirs.sendall(request(11, 100, NAME, b"", size=1 << 20))
+    house.turn()
+    house.after(30)
+    assert isinstance(house.error(), DeadlineMissed)
+
+
 def test_a_server_that_answers_and_does_not_close_is_no_failure(house: House) -> None:
     ours, theirs = house.pair()
     connection = house.ask(ours, Notes(), Outgoing(REQUEST))
@@ -1595,6 +1610,95 @@ def test_a_body_is_closed_once(send: Callable[[House, Spool], None], house: Hous
     assert body.closed == 1
 
 
+# What nobody foresaw.
+
+
+class Slip(Exception):
+    """A fault of this program."""
+
+
+def slip() -> None:
+    raise Slip
+
+
+def test_a_fault_is_told_and_answered_if_nothing_was_sent(house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes(refuse=Outgoing(response(1001, NAME)))
+    endpoint.act = slip
+    theirs.sendall(REQUEST)
+    house.serve(ours, endpoint)
+    assert read_all(theirs) == response(1001, NAME)
+    theirs.close()
+    house.run_to_the_end()
+    assert [type(fault) for fault in house.faults] == [Slip]
+    assert isinstance(endpoint.refused, InternalError)
+
+
+def test_a_fault_without_an_answer_closes(house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes()
+    endpoint.act = slip
+    theirs.sendall(REQUEST)
+    house.serve(ours, endpoint)
+    assert isinstance(house.error(), InternalError)
+    assert read_all(theirs) == b""
+    assert len(house.faults) == 1
+
+
+def test_a_fault_in_the_answer_to_a_fault_closes(house: House) -> None:
+    class Worse(Notes):
+        def refuse(self, error: BackupError) -> Optional[Outgoing]:
+            raise KeyError
+
+    ours, theirs = house.pair()
+    endpoint = Worse()
+    endpoint.act = slip
+    theirs.sendall(REQUEST)
+    house.serve(ours, endpoint)
+    assert isinstance(house.error(), InternalError)
+    assert [type(fault) for fault in house.faults] == [Slip, KeyError]
+
+
+def test_a_fault_when_a_part_of_the_answer_has_left_sends_nothing_more(house: House) -> None:
+    ours, theirs = house.pair()
+    body = Spool(b"xyz")
+    body.act = slip
+    endpoint = Notes(End=retrieved(body), refuse=Outgoing(response(1001, NAME)))
+    theirs.sendall(REQUEST)
+    house.serve(ours, endpoint)
+    assert isinstance(house.error(), InternalError)
+    assert endpoint.refused is None
+    assert body.closed == 1
+    assert read_all(theirs).endswith(NAME + b"xyz")
+
+
+def test_a_fault_of_the_client_is_not_answered(house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes(refuse=Outgoing(response(1001, NAME)))
+    endpoint.act = slip
+    house.ask(ours, endpoint, Outgoing(REQUEST))
+    theirs.sendall(STORED)
+    house.turn()
+    house.turn()
+    assert isinstance(house.error(), InternalError)
+    assert read_all(theirs) == REQUEST
+
+
+def test_a_fault_of_who_hears_of_the_end_is_told_and_the_owner_hears_of_it_too(
+    house: House,
+) -> None:
+    class Deaf(Notes):
+        def closed(self, error: Optional[BackupError]) -> None:
+            slip()
+
+    ours, theirs = house.pair()
+    connection = house.serve(ours, Deaf())
+    connection.close()
+    assert house.error() is None
+    assert [type(fault) for fault in house.faults] == [Slip]
+    assert read_all(theirs) == b""
+
+
 def test_a_body_that_fails_is_closed_and_its_error_is_the_connections(house: House) -> None:
     ours, theirs = house.pair()
     error = FileChanged("it changed")
@@ -1612,6 +1716,8 @@ def test_what_bodies_endpoints_and_owners_must_do_is_theirs_to_write(house: Hous
     duties: List[Callable[[], object]] = [
         lambda: Body().send(stream_of(connection), 1),
         lambda: Endpoint().take(End()),
+        lambda: Endpoint().refuse(CutShort("it ended")),
+        lambda: Owner().failed(connection, InternalError(Slip())),
         lambda: Owner().put_off(connection, Later.STEP),
         lambda: Owner().closed(connection, None),
     ]

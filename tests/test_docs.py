@@ -10,16 +10,19 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
 import pytest
 
 from backup import cli
+from backup.settings import KIB, MIB, Settings
 from tests.helpers import ROOT, WAIT_SECONDS
 from tools import diagram
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "docs" / "SECURITY.md").read_text(encoding="utf-8")
 SERVER = "make serve"
 
 
@@ -130,6 +133,47 @@ def test_the_drawings_in_the_design_are_current() -> None:
     text = diagram.DESIGN.read_text(encoding="utf-8")
     assert diagram.redrawn(text) == text
     assert diagram.redrawn(text.replace("HEADER --> FILENAME", "HEADER --> LOST")) == text
+
+
+def test_every_test_that_the_security_document_names_exists() -> None:
+    """And each promise of it has one."""
+    promises = re.split(
+        r"^### (\d+)\. .*$", SECURITY.split("\n## What is not")[0], flags=re.MULTILINE
+    )
+    assert promises[1::2] == [str(number) for number in range(1, 14)]
+    for number, promise in zip(promises[1::2], promises[2::2]):
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", promise)
+        assert named, f"no test shows promise {number}"
+        assert promise.count("tests/test_") == len(named)
+        for path, name in named:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{path}::{name}"
+
+
+def test_the_limits_in_the_security_document_are_those_of_the_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    units = {"s": 1.0, "KiB": KIB, "MiB": MIB}
+    said: Dict[str, object] = {"no limit": None, "what descriptors allow": None, "off": False}
+    default = Settings()
+    rows = re.findall(r"^\|.*\| (.*) \| `([a-z_]+)` \| (.*) \|$", SECURITY, re.MULTILINE)
+    for _, field, text in rows:
+        number, _, unit = text.partition(" ")
+        value = said[text] if text in said else float(number) * units[unit]
+        assert getattr(default, field) == value, field
+    listed = {field: option for option, field, _ in rows}
+    caps = {field.name for field in fields(default) if field.default in (None, False)}
+    assert {field for field, option in listed.items() if option.startswith("`--")} == caps
+    deadlines = {"header", "idle", "rate", "linger", "drain", "connect", "farewell", "accept_pause"}
+    assert listed.keys() - caps == {
+        "min_rate_bytes",
+        "max_listing_bytes",
+        *(f"{deadline}_seconds" for deadline in deadlines),
+    }
+    assert cli.main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    for field in caps:
+        assert f"  {listed[field].strip('`')} " in text.replace("\n", " ")
 
 
 def test_backup_info_names_two_files_of_this_repository() -> None:

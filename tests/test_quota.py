@@ -14,7 +14,15 @@ from backup.quota import Ledger
 from backup.settings import Settings
 from backup.storage import Store
 from backup.upload import Upload
-from tests.helpers import RunningServer, ask, connect, read_all, request, response
+from tests.conftest import open_descriptors
+from tests.helpers import (
+    RunningServer,
+    ask,
+    connect,
+    read_all,
+    request,
+    response,
+)
 
 USER, OTHER = 11, 12
 BACKUP, RETRIEVE, DELETE, LIST = 100, 200, 201, 202
@@ -232,6 +240,70 @@ def test_a_count_that_fails_is_begun_anew(root: Path, monkeypatch: pytest.Monkey
         continue
     upload.abort()
     store.close()
+
+
+def test_a_counting_goes_on_as_long_as_somebody_waits_for_it(root: Path) -> None:
+    fill(root, [10] * 8)
+    store = Store(root, Settings(user_bytes=90, listing_names=2))
+    before = open_descriptors()
+    first, second = store.begin(USER, b"a", 10), store.begin(USER, b"b", 10)
+    first.abort()
+    assert [store.reserve(second) for _ in range(3)] == [False, False, True]
+    second.abort()
+    third = store.begin(USER, b"c", 10)
+    assert store.reserve(third)  # what is known stays known
+    third.abort()
+    assert open_descriptors() == before
+
+
+def test_a_counting_that_nobody_waits_for_any_more_leaves_nothing_open(root: Path) -> None:
+    fill(root, [10] * 8)
+    store = Store(root, Settings(user_bytes=90, listing_names=2))
+    before = open_descriptors()
+    upload = store.begin(USER, b"a", 10)
+    upload.abort()
+    upload.abort()
+    assert open_descriptors() == before
+    put(store, b"a", 10)
+    assert refused(store, b"b", 1)
+
+
+@pytest.mark.parametrize("cap", ["user_bytes", "total_bytes"])
+def test_nothing_is_kept_of_users_who_hold_nothing(root: Path, cap: str) -> None:
+    store = Store(root, Settings(**{cap: 100}))  # type: ignore[arg-type]
+    ledger = store._ledger
+
+    def known() -> int:
+        return len(ledger._users) + len(ledger._counting) + len(ledger._running)
+
+    put(store, b"a", 40)
+    for user_id in range(100, 120):
+        store.begin(user_id, b"a", 10).abort()
+        assert refused(store, b"a", 101, user_id)
+        put(store, b"a", 60, user_id)
+        assert store.commit([store.remove(user_id, b"a")]) == [None]
+    assert known() == 1
+    assert refused(store, b"b", 61)
+    put(store, b"b", 60)
+    assert refused(store, b"c", 1)
+
+
+def test_a_file_that_another_server_removes_while_it_is_counted_is_left_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root, [10] * 4)
+    store = Store(root, Settings(user_bytes=40))
+    entries = disk.DescriptorFolder.entries
+
+    def racing(folder: disk.DescriptorFolder) -> disk.Entries:
+        for entry in entries(folder):
+            if entry.name == "old 2":
+                (root / str(USER) / "old 2").unlink()
+            yield entry
+
+    monkeypatch.setattr(disk.DescriptorFolder, "entries", racing)
+    put(store, b"a", 10)
+    assert refused(store, b"b", 1)
 
 
 def test_closing_lets_go_of_what_is_being_counted(root: Path) -> None:

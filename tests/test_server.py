@@ -35,6 +35,7 @@ from backup.session import Session
 from backup.settings import Settings
 from backup.storage import Change, Store
 from backup.stream import Stream
+from backup.upload import Upload
 from tests.conftest import ServerFactory
 from tests.helpers import (
     ROOT,
@@ -1222,3 +1223,78 @@ def test_a_client_that_stays_holds_up_no_drain_once_it_has_its_answer(serve: Ser
         sock.sendall(UPLOAD[-5:])
         assert read_all(sock) == response(210, b"a")
         server.join()
+
+
+# What nobody foresaw, and who is one too many
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "data", "answer"),
+    [
+        (Store, "begin", UPLOAD, response(1001, b"a")),
+        (Upload, "settle", UPLOAD, response(1001, b"a")),
+        (Session, "committed", UPLOAD, response(1001, b"a")),
+        (Session, "step", request(12, LIST), response(1001, b"")),
+    ],
+    ids=["while it is received", "in the commit", "after the commit", "in a step"],
+)
+def test_a_fault_ends_one_connection_with_a_traceback_and_an_answer(
+    serve: ServerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: type,
+    name: str,
+    data: bytes,
+    answer: bytes,
+) -> None:
+    server = serve(Settings(listing_names=2))
+    (server.root / "12").mkdir()
+    for number in range(5):
+        (server.root / "12" / str(number)).touch()
+
+    def fault(*_: object) -> None:
+        raise LookupError("a slip of the pen")
+
+    with begin_upload(server, request(13, BACKUP, b"b", b"", size=3)) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, fault)
+            assert ask(server.address, data) == answer
+        other.sendall(b"xyz")
+        assert read_all(other) == response(210, b"b")
+    server.wait_for_line(lambda line: "reason=bug" in line and "status=1001" in line)
+    assert any("ends a connection peer=127.0.0.1:" in line for line in server.lines)
+    assert any("LookupError: a slip of the pen" in line for line in server.lines)
+
+
+def test_an_address_has_as_many_connections_as_it_may_and_another_after_one_has_gone(
+    tmp_path: Path,
+) -> None:
+    server = Server(tmp_path, ("127.0.0.1", 0), Settings(max_connections_per_address=2), Log(print))
+    with serving(server), ExitStack() as stack:
+        socks = [stack.enter_context(connect(server.address)) for _ in range(2)]
+        for _ in range(3):
+            with connect(server.address) as refused:
+                assert refused.recv(1) == b""
+        for sock in socks:
+            sock.sendall(request(11, LIST))
+            assert read_all(sock) == EMPTY_LIST
+            sock.close()
+        counted: Queue[object] = Queue()
+        while True:  # until it has seen that they are closed
+            server.call(lambda: counted.put(server._numbers()["open"]))
+            if counted.get(timeout=WAIT_SECONDS) == 0:
+                break
+        assert ask(server.address, request(11, LIST)) == EMPTY_LIST
+        server.call(lambda: counted.put(server._numbers()["refused"]))
+        assert counted.get(timeout=WAIT_SECONDS) == 3
+
+
+def test_fewer_connections_than_descriptors_allow_can_be_had_and_not_more(tmp_path: Path) -> None:
+    for cap, room in ((3, 3), (1 << 40, _room_for_connections(0))):
+        with Server(tmp_path, ("127.0.0.1", 0), Settings(max_connections=cap)) as server:
+            assert server._room <= room
+            assert (server._room == 3) == (cap == 3)
+
+
+def test_a_server_reports_when_it_is_asked_to(server: RunningServer) -> None:
+    server.server.report()
+    assert "open=0 total=0 refused=0" in server.wait_for_line(lambda line: "Counters" in line)

@@ -10,6 +10,7 @@ from typing import Dict
 import pytest
 
 from backup import settings
+from backup.errors import ConfigError
 from backup.settings import Settings
 
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
@@ -46,6 +47,14 @@ def test_a_server_has_no_cap_that_nobody_asked_for() -> None:
         "min_free_bytes",
     }
     assert Settings().append_only is False
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_a_cap_that_would_let_nothing_or_everything_pass_is_refused(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=f"{name}={value} is no cap; take 1 or more, or None"):
+            dataclasses.replace(Settings(), **{name: value})  # type: ignore[arg-type]
+    assert getattr(dataclasses.replace(Settings(), **{name: 1}), name) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted({*FIELDS} - {*CAPS, "append_only"}))

@@ -26,7 +26,15 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Un
 import pytest
 
 from backup import disk
-from backup.errors import BackupError, InvalidName, NotFound, StoreFailed
+from backup.errors import (
+    AppendOnly,
+    BackupError,
+    InternalError,
+    InvalidName,
+    NotFound,
+    QuotaExceeded,
+    StoreFailed,
+)
 from backup.listing import Listing
 from backup.settings import Settings
 from backup.storage import Change, Removal, Store, Stored
@@ -1468,3 +1476,76 @@ def test_a_root_that_comes_back_while_it_is_looked_for_is_there(
 
     monkeypatch.setattr(os.path, "isdir", back)
     assert store.open(USER, b"a").read() == b"xyz"
+
+
+# Caps, and what nobody foresaw
+
+
+def sized(store: Store, name: bytes, size: int, user_id: int = USER) -> Upload:
+    """An upload whose size was announced, with all of it written."""
+    begun = store.begin(user_id, name, size)
+    begun.write(memoryview(bytes(size)))
+    return begun
+
+
+@pytest.mark.parametrize("cap", ["user_bytes", "total_bytes"])
+def test_what_is_there_already_counts(root: Path, cap: str) -> None:
+    put(Store(root), b"a", bytes(60))
+    before = open_descriptors()
+    store = Store(root, Settings(**{cap: 100}))  # type: ignore[arg-type]
+    with pytest.raises(QuotaExceeded):
+        store.begin(USER, b"b", 41)
+    changes: List[Change] = [sized(store, b"b", 40), store.remove(USER, b"a")]
+    assert store.commit(changes) == [None, None]
+    assert store.commit([sized(store, b"a", 60)]) == [None]
+    with pytest.raises(QuotaExceeded):
+        store.begin(USER, b"c", 1)
+    assert os.listdir(root / ".tmp") == []
+    store.close()
+    assert open_descriptors() == before
+
+
+def test_a_folder_that_cannot_be_counted_is_a_store_failure(root: Path) -> None:
+    store = Store(root, Settings(user_bytes=100))
+    (root / str(USER)).write_bytes(b"not a folder")
+    with pytest.raises(StoreFailed, match="cannot count"):
+        store.begin(USER, b"a", 1)
+    assert os.listdir(root / ".tmp") == []
+
+
+def test_a_disk_that_has_less_free_than_must_stay_takes_nothing(root: Path) -> None:
+    store = Store(root, Settings(min_free_bytes=1 << 60))
+    with pytest.raises(QuotaExceeded, match="of which 1152921504606846976 must stay"):
+        store.begin(USER, b"a", 1)
+    assert os.listdir(root / ".tmp") == []
+
+
+def test_what_is_stored_stays_where_nothing_may_be_lost(root: Path) -> None:
+    store = Store(root, Settings(append_only=True))
+    late = upload(store, b"a", b"late")
+    put(store, b"a", b"first")
+    (failure,) = store.commit([late])
+    assert isinstance(failure, AppendOnly)
+    with pytest.raises(AppendOnly):
+        store.begin(USER, b"a", 5)
+    with pytest.raises(AppendOnly):
+        store.remove(USER, b"a")
+    assert get(store, b"a") == b"first"
+    assert os.listdir(root / ".tmp") == []
+
+
+def test_a_fault_fails_one_change_of_a_commit(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [upload(store, name, b"xyz") for name in (b"a", b"b", b"c")]
+    settle = Upload.settle
+
+    def slip(change: Upload) -> None:
+        if change is changes[1]:
+            raise LookupError
+        settle(change)
+
+    monkeypatch.setattr(Upload, "settle", slip)
+    failures = store.commit(changes)
+    assert [type(failure) for failure in failures] == [type(None), InternalError, type(None)]
+    assert store.names(USER) == [b"a", b"c"]
