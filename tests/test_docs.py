@@ -153,7 +153,7 @@ def test_every_test_that_the_security_document_names_exists() -> None:
 def test_the_limits_in_the_security_document_are_those_of_the_settings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    units = {"s": 1.0, "KiB": KIB, "MiB": MIB}
+    units = {"s": 1.0, "KiB": KIB, "MiB": MIB, "names": 1}
     said: Dict[str, object] = {"no limit": None, "what descriptors allow": None, "off": False}
     default = Settings()
     rows = re.findall(r"^\|.*\| (.*) \| `([a-z_]+)` \| (.*) \|$", SECURITY, re.MULTILINE)
@@ -168,6 +168,7 @@ def test_the_limits_in_the_security_document_are_those_of_the_settings(
     assert listed.keys() - caps == {
         "min_rate_bytes",
         "max_listing_bytes",
+        "max_listing_names",
         *(f"{deadline}_seconds" for deadline in deadlines),
     }
     assert cli.main(["serve", "--help"]) == 0
