@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List, Optional
 
 import pytest
 
 from backup import disk
-from backup.errors import AppendOnly, QuotaExceeded
+from backup.errors import AppendOnly, BackupError, QuotaExceeded
 from backup.quota import Ledger
 from backup.settings import Settings
 from backup.storage import Store
@@ -146,6 +146,38 @@ def test_uploads_side_by_side_pass_no_cap_together(root: Path) -> None:
     assert refused(store, b"d", 1)
 
 
+def test_files_side_by_side_pass_no_cap_together(root: Path) -> None:
+    store = Store(root, Settings(user_files=2))
+    uploads = [begun(store, b"a", 1), begun(store, b"b", 1)]
+    assert refused(store, b"c", 1)
+    assert store.commit(uploads) == [None, None]
+
+
+def test_what_a_smaller_file_will_leave_is_room_only_when_it_has_its_name(root: Path) -> None:
+    store = Store(root, Settings(user_bytes=100))
+    put(store, b"a", 80)
+    smaller = begun(store, b"a", 10)
+    assert refused(store, b"b", 21)
+    assert store.commit([smaller]) == [None]
+    put(store, b"b", 90)
+
+
+@pytest.mark.parametrize(
+    "caps",
+    [{"user_bytes": 50}, {"user_files": 1}, {"total_bytes": 50}],
+    ids=lambda caps: next(iter(caps)),
+)
+def test_who_holds_more_than_he_may_by_now_can_still_hold_less(
+    root: Path, caps: Dict[str, int]
+) -> None:
+    fill(root, [40, 40])
+    store = Store(root, Settings(**caps))  # type: ignore[arg-type]
+    assert refused(store, b"a", 1)
+    put(store, b"old 0", 39)
+    assert refused(store, b"old 1", 41) == ("user_files" not in caps)
+    assert store.commit([store.remove(USER, b"old 0")]) == [None]
+
+
 @pytest.mark.parametrize("end", ["abort", "fails"])
 def test_an_upload_that_comes_to_nothing_gives_its_room_back(root: Path, end: str) -> None:
     store = Store(root, Settings(user_bytes=100, user_files=1))
@@ -278,7 +310,7 @@ def test_nothing_is_kept_of_users_who_hold_nothing(root: Path, cap: str) -> None
 
     put(store, b"a", 40)
     for user_id in range(100, 120):
-        store.begin(user_id, b"a", 10).abort()
+        store.begin(1000 + user_id, b"a", 10).abort()
         assert refused(store, b"a", 101, user_id)
         put(store, b"a", 60, user_id)
         assert store.commit([store.remove(user_id, b"a")]) == [None]
@@ -359,12 +391,23 @@ def test_a_refusal_is_1001_and_one_line_and_nothing_is_stored(
 
 
 @pytest.mark.parametrize("cap", [50 * 10 + 3, 50 * 10 + 2])
-def test_a_server_counts_before_it_commits(tmp_path: Path, cap: int) -> None:
+def test_a_server_counts_before_it_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap: int
+) -> None:
     fill(tmp_path / "store", [10] * 50)
     settings = Settings(user_bytes=cap, listing_names=2)
+    commit = Store.commit
+    known: List[bool] = []
+
+    def note(store: Store, changes: List[Upload]) -> List[Optional[BackupError]]:
+        known.extend(one.reservation is not None and one.reservation.granted for one in changes)
+        return commit(store, changes)
+
+    monkeypatch.setattr(Store, "commit", note)
     with RunningServer(tmp_path / "store", settings) as server:
         answer = ask(server.address, request(USER, BACKUP, b"a", b"xyz"))
         assert answer == response(210 if cap == 503 else 1001, b"a")
+    assert known == [True] * (cap == 503)  # a commit stops everybody, and counts nothing
     assert ("a" in server.stored(USER)) == (cap == 503)
 
 

@@ -1283,6 +1283,8 @@ def test_an_address_has_as_many_connections_as_it_may_and_another_after_one_has_
             server.call(lambda: counted.put(server._numbers()["open"]))
             if counted.get(timeout=WAIT_SECONDS) == 0:
                 break
+        server.call(lambda: counted.put(dict(server._of_host)))
+        assert counted.get(timeout=WAIT_SECONDS) == {}  # strangers have many addresses
         assert ask(server.address, request(11, LIST)) == EMPTY_LIST
         server.call(lambda: counted.put(server._numbers()["refused"]))
         assert counted.get(timeout=WAIT_SECONDS) == 3
