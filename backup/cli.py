@@ -274,8 +274,7 @@ def serve(options: argparse.Namespace, _: Console) -> int:
                 return
             if signals == 1:
                 server.call(lambda: tell("STOPPING=1"))
-                # The server closes its descriptor, and Python complains of each signal after that.
-                server.call(lambda: signal.set_wakeup_fd(-1))
+                server.call(_wake_no_more)
             server.stop()
             if signals == 2:
                 _exit_at_the_latest(in_seconds=1)
@@ -407,6 +406,11 @@ def _waking(fd: int) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+
+
+def _wake_no_more() -> None:
+    """Before a server closes the descriptor: Python complains of each signal that comes later."""
+    signal.set_wakeup_fd(-1)
 
 
 def _numbers(*names: str) -> List[int]:
