@@ -270,10 +270,13 @@ def serve(options: argparse.Namespace, _: Console) -> int:
         def stop(*_: object) -> None:
             nonlocal signals
             signals += 1
+            if signals > 2:  # all is done that can be; a burst must not put the end off
+                return
             if signals == 1:
                 server.call(lambda: tell("STOPPING=1"))
+                server.call(_wake_no_more)
             server.stop()
-            if signals > 1:
+            if signals == 2:
                 _exit_at_the_latest(in_seconds=1)
 
         stack.enter_context(_on_signals(stop))
@@ -405,45 +408,90 @@ def _waking(fd: int) -> Iterator[None]:
         signal.set_wakeup_fd(before)
 
 
+def _wake_no_more() -> None:
+    """Before a server closes the descriptor: Python complains of each signal that comes later."""
+    signal.set_wakeup_fd(-1)
+
+
 def _numbers(*names: str) -> List[int]:
     """The signals of these names, as far as this system has them; by default the ending ones."""
     return [getattr(signal, name) for name in names or _ENDING if hasattr(signal, name)]
 
 
-def _interrupt(*_: object) -> None:
-    for number in _numbers():  # an impatient second one must not cut the tidying up short
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Interrupt:
+    """The handler of the signals that end a command: the first one that counts interrupts it.
+
+    Later ones change nothing, so that an impatient second one does not cut the tidying up short.
+    They are told by a flag: a handler that is replaced while its signal is pending makes Python
+    print a traceback.
+    """
+
+    def __init__(self) -> None:
+        self._waited_for = False
+        self._came = False
+
+    def __call__(self, *_: object) -> None:
+        self._came = True
+        self._look()
+
+    def wait(self) -> None:
+        """From now on a signal, or one that has come before, raises ``KeyboardInterrupt``."""
+        self._waited_for = True
+        if self._came:
+            self._look()
+
+    def ignore(self) -> None:
+        """From now on no signal does anything."""
+        self._waited_for = False
+
+    def _look(self) -> None:
+        if self._waited_for:
+            self._waited_for = False
+            raise KeyboardInterrupt
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command line, by default this process's; its exit code."""
+    interrupt = _Interrupt()
+    with _on_signals(interrupt):  # until the last word is said
+        return _main(arguments, interrupt)
+
+
+def _main(arguments: Optional[Sequence[str]], interrupt: _Interrupt) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that the terminal's encoding lacks is shown escaped rather than not at all.
             stream.reconfigure(errors="backslashreplace")
     console = Console(sys.stdout, sys.stderr, os.environ)
-    with _on_signals(_interrupt):  # until the last word is said
-        try:
-            return _run(arguments, console)
-        except OutputFailed as error:
-            if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
-                console.error(str(error))
-            _abandon(sys.stdout)
-            return error.exit_code
-        except BackupError as error:
+    try:
+        interrupt.wait()
+        code = _explaining(arguments, console)
+        interrupt.ignore()
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        code = INTERRUPTED
+    return code
+
+
+def _explaining(arguments: Optional[Sequence[str]], console: Console) -> int:
+    """Runs a command line; what goes wrong becomes a line and an exit code."""
+    try:
+        return _run(arguments, console)
+    except OutputFailed as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # head, say, has seen enough
             console.error(str(error))
-            return error.exit_code
-        except KeyboardInterrupt:
-            console.error("interrupted")
-            return INTERRUPTED
-        except OSError as error:
-            console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
-            return FAILED
-        except Exception as fault:
-            for line in describe("a fault of this program; please report it", fault):
-                console.error(line)
-            return FAILED
+        _abandon(sys.stdout)
+        return error.exit_code
+    except BackupError as error:
+        console.error(str(error))
+        return error.exit_code
+    except OSError as error:
+        console.error(f"the system refuses: {(error.strerror or str(error)).lower()}")
+        return FAILED
+    except Exception as fault:
+        for line in describe("a fault of this program; please report it", fault):
+            console.error(line)
+        return FAILED
 
 
 def _run(arguments: Optional[Sequence[str]], console: Console) -> int:
@@ -470,7 +518,12 @@ def run() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the process was started without it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    code = main()
+    interrupt = _Interrupt()
+    for number in _numbers():  # for good: once the exit code is known, it is too late for one
+        signal.signal(number, interrupt)
+    code = _main(None, interrupt)
+    if hasattr(signal, "pthread_sigmask"):  # Python gives its handlers up before the process ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
     try:
         sys.stderr.flush()
     except OSError:

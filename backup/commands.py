@@ -33,6 +33,8 @@ def put(options: argparse.Namespace, console: Console) -> int:
         paths += config.read_file_list(options.files_from)
     if not paths:
         raise ConfigError("put: no files given; name one, or a list of them with --files-from")
+    if "" in paths:
+        raise ConfigError("put: one of the paths is empty; name a file")
     config.check_distinct(paths, "put")
     jobs = [Backup(path, of_path(path)) for path in paths]
     return _run(

@@ -17,7 +17,7 @@ from typing import Callable, Dict, Mapping, TextIO
 from .errors import OutputFailed
 from .exchange import Job, subject
 from .names import show
-from .sequence import format_size
+from .sequence import UNITS, format_size
 
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 _REDRAW_SECONDS = 0.1
@@ -150,16 +150,25 @@ class Meter:
         done = sum(self._done.values())
         rate = done / seconds if seconds > 0 else 0.0
         total = self._total or (sum(self._sizes.values()) if len(self._sizes) == self._count else 0)
-        parts = [format_size(done)]
+        parts = [_amount(done)]
         if total:
-            parts[0] += f" of {format_size(total)}"
+            parts[0] += f" of {_amount(total)}"
             parts.append(f"{min(done, total) * 100 // total}%")
-        parts.append(f"{format_size(int(rate))}/s")
+        parts.append(f"{_amount(int(rate))}/s")
         if total and rate:
             parts.append(f"{_clock((total - done) / rate)} left")
         parts.append(f"file {len(self._sizes)} of {self._count}")
         parts.append(subject(job))
         return "  ".join(parts)
+
+
+def _amount(size: int) -> str:
+    """Bytes as ``format_size`` has them, from a thousand on with one decimal, so that they move."""
+    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
+    if not power:
+        return format_size(size)
+    whole, tenth = divmod(size * 10 // 1000**power, 10)
+    return f"{whole}.{tenth} {UNITS[power]}"
 
 
 def _clock(seconds: float) -> str:

@@ -62,6 +62,11 @@ class Source(Body):
                 raise TooLarge(
                     f"{self.size} bytes; the protocol carries {MAX_FILE_BYTES}; split it"
                 )
+            if self.size == 0 and self._has_bytes():  # as in /proc, where the size is unknown
+                raise LocalFileError(
+                    f"cannot read {show(self._path)}: its size is 0, and yet there are bytes"
+                    " in it; send a copy of it"
+                )
         except (LocalFileError, TooLarge):
             self.close()
             raise
@@ -88,6 +93,12 @@ class Source(Body):
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _has_bytes(self) -> bool:
+        try:
+            return bool(os.read(self._fd, 1))
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
 
     def _read(self, count: int) -> memoryview:
         try:

@@ -112,7 +112,8 @@ class Reactor:
     def unwatch(self, sock: socket.socket) -> None:
         """Stops calling; does nothing for a socket that is not watched. Before it is closed."""
         if self._watched.pop(sock.fileno(), None) is not None:
-            self._selector.unregister(sock)
+            with suppress(KeyError):  # modify() takes it out when an interrupt comes in between
+                self._selector.unregister(sock)
 
     def deadline(self, seconds: float, callback: Callback) -> Deadline:
         """Calls ``callback`` once, ``seconds`` from now, unless it is moved or cancelled."""

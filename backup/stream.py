@@ -153,6 +153,6 @@ def settle(stream: Stream) -> None:
 def refused(peer: str, error: OSError) -> Unreachable:
     """The error of a connection that could not be made."""
     missing = error.errno in (errno.ECONNREFUSED, errno.ENOENT)  # ENOENT: of a Unix socket
-    hint = "is it running? try: make serve" if missing else "check the address and the network"
+    hint = "is it running? start it with: serve" if missing else "check the address and the network"
     reason = (error.strerror or str(error)).lower()
     return Unreachable(f"cannot connect to {peer}: {reason}; {hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import threading
@@ -121,6 +122,19 @@ def stdin(data: Optional[bytes]) -> Iterator[None]:
     finally:
         os.dup2(before, 0)
         os.close(before)
+
+
+@contextmanager
+def signals_put_back() -> Iterator[None]:
+    """What a command line that takes itself for the whole process does to signals is undone."""
+    ending = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in ending]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ending, before):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
 
 
 class RunningServer:

@@ -14,6 +14,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NoReturn, Tuple
 
@@ -34,6 +35,7 @@ from tests.helpers import (
     read_all,
     request,
     response,
+    signals_put_back,
 )
 from tests.test_client import (
     Scripted,
@@ -240,7 +242,7 @@ def test_the_console_script_exits_with_the_code(
     user: User, monkeypatch: pytest.MonkeyPatch, arguments: List[str], code: int
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["backup", *arguments])
-    with pytest.raises(SystemExit) as caught:
+    with signals_put_back(), pytest.raises(SystemExit) as caught:
         cli.run()
     assert caught.value.code == code
 
@@ -929,6 +931,75 @@ def test_a_server_process_ends_at_a_signal(tmp_path: Path, number: signal.Signal
     rest = process.communicate(timeout=WAIT_SECONDS)[1]
     assert process.returncode == 0
     assert all(line.startswith("[SERVER] ") for line in rest.splitlines())
+
+
+def pestered(process: subprocess.Popen[str]) -> str:
+    """Sends it every signal that ends a program, again and again until it is gone; its stderr."""
+    with watchdog():
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    with process.stderr:
+        return process.stderr.read()
+
+
+def holding(asked: threading.Event, left: threading.Event, sock: socket.socket) -> None:
+    """Takes the request up to its payload, says so, and reads nothing until ``left``."""
+    take_head(sock)
+    asked.set()
+    assert left.wait(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("inherited", ["trap '' INT TERM; ", ""])
+def test_a_burst_of_signals_ends_a_command_in_one_line(user: User, inherited: str) -> None:
+    """Even those that come while Python itself ends; and as a job that a script has put behind."""
+    sparse(user.folder / "large", 32 * MIB)
+    for _ in range(4):
+        left, asked = threading.Event(), threading.Event()
+        with Scripted(partial(holding, asked, left)) as server, afterwards(left):
+            host, port = server.address
+            command = as_a_process("put", "large", "--server", f"{host}:{port}")
+            process = subprocess.Popen(
+                ["sh", "-c", f'{inherited}exec "$0" "$@"', *command],
+                cwd=user.folder,
+                env=environment(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert asked.wait(WAIT_SECONDS)
+            assert pestered(process) == errors("interrupted")
+            assert process.returncode == 130
+
+
+def test_a_burst_of_signals_ends_a_server_without_a_traceback(tmp_path: Path) -> None:
+    for _ in range(3):
+        process = subprocess.Popen(
+            as_a_process(*SERVE),
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        address_of(process.stderr.readline())
+        lines = pestered(process).splitlines()
+        assert process.returncode in (0, 130)
+        assert all(line.startswith("[SERVER] ") for line in lines if line != "backup: interrupted")
+
+
+def test_a_signal_that_comes_before_it_is_waited_for_counts() -> None:
+    interrupt = cli._Interrupt()
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.wait()
+    interrupt()  # the second of an impatient user
+
+
+def test_a_signal_that_comes_when_all_is_done_does_nothing(user: User) -> None:
+    interrupt = cli._Interrupt()
+    assert cli._main(["--version"], interrupt) == 0
+    interrupt()
 
 
 # -- streams that break -------------------------------------------------------

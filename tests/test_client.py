@@ -652,7 +652,7 @@ def test_where_nothing_listens_the_message_says_what_to_do(folder: Folder) -> No
                 ask(client)
             assert str(caught.value) == (
                 f"cannot connect to 127.0.0.1:{address[1]}: connection refused; "
-                "is it running? try: make serve"
+                "is it running? start it with: serve"
             )
 
 

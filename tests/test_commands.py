@@ -134,6 +134,11 @@ def test_put_without_a_stdin_says_so(user: User, served: RunningServer) -> None:
     assert served.stored(USER) == []
 
 
+def test_put_of_an_empty_path_says_so(user: User) -> None:
+    message = "put: one of the paths is empty; name a file"
+    assert user.types("put", "a.txt", "") == ("", errors(message), 2)
+
+
 @pytest.mark.parametrize("arguments", [(), ("--files-from", os.devnull)])
 def test_put_without_a_file_says_what_to_name(user: User, arguments: Sequence[str]) -> None:
     assert user.types("put", *arguments) == (
@@ -402,7 +407,9 @@ def test_a_server_that_is_not_running_is_one_line(user: User, command: List[str]
     sock, (host, port) = unused_address()
     with sock:
         said = user.types(*command, "--server", f"{host}:{port}")
-    message = f"cannot connect to {host}:{port}: connection refused; is it running? try: make serve"
+    message = (
+        f"cannot connect to {host}:{port}: connection refused; is it running? start it with: serve"
+    )
     assert said == ("", errors(message), 1)
 
 
@@ -601,11 +608,11 @@ def test_progress_is_shown_on_a_terminal_and_taken_away(
         monkeypatch.setenv("COLUMNS", "80")
         assert main(["put", "large"]) == 0
         shown = terminal.shown()
-        assert " of 8 MB  " in shown
+        assert " of 8.3 MB  " in shown
         assert "  file 1 of 1  large" in shown
         assert on_screen(shown) == [""]
         assert main(["get", "large", "-o", "again"]) == 0
-        assert " of 8 MB  " in terminal.shown()
+        assert " of 8.3 MB  " in terminal.shown()
         assert main(["get", "large", "-o", "again", "--force", "-q"]) == 0
         assert terminal.shown() == ""
     assert (user.folder / "again").stat().st_size == 8 * MIB

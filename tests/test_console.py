@@ -280,10 +280,12 @@ def test_the_meter_adds_up_all_files(terminal: Terminal) -> None:
     clock.seconds += 2
     draw(two, 3_000_000, 25_000_000)
     assert on_screen(terminal.shown()) == [
-        "4 MB of 40 MB  10%  2 MB/s  0:18 left  file 2 of 3  two"
+        "4.0 MB of 40.0 MB  10%  2.0 MB/s  0:18 left  file 2 of 3  two"
     ]
-    assert draw.line(one, 4.0) == "4 MB of 40 MB  10%  1 MB/s  0:36 left  file 2 of 3  one"
-    assert draw.line(one, 400.0) == "4 MB of 40 MB  10%  10 KB/s  1:00:00 left  file 2 of 3  one"
+    assert draw.line(one, 4.0) == "4.0 MB of 40.0 MB  10%  1.0 MB/s  0:36 left  file 2 of 3  one"
+    assert (
+        draw.line(one, 400.0) == "4.0 MB of 40.0 MB  10%  10.0 KB/s  1:00:00 left  file 2 of 3  one"
+    )
 
 
 def test_without_a_total_the_share_is_known_when_every_file_has_begun(terminal: Terminal) -> None:
@@ -293,7 +295,28 @@ def test_without_a_total_the_share_is_known_when_every_file_has_begun(terminal: 
     draw(one, 500, 1000)
     assert draw.line(one, 1.0) == "500 bytes  500 bytes/s  file 1 of 2  one"
     draw(two, 250, 2000)
-    assert draw.line(two, 1.0) == "750 bytes of 3 KB  25%  750 bytes/s  0:03 left  file 2 of 2  two"
+    assert (
+        draw.line(two, 1.0) == "750 bytes of 3.0 KB  25%  750 bytes/s  0:03 left  file 2 of 2  two"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (999, "999 bytes"),
+        (1000, "1.0 KB"),
+        (1_999_999, "1.9 MB"),
+        (1_549_999_999, "1.5 GB"),
+        (4_294_967_291, "4.2 GB"),
+        (12_345_678_901_234, "12345.6 GB"),
+    ],
+)
+def test_sizes_have_a_decimal_and_are_rounded_down(
+    terminal: Terminal, size: int, shown: str
+) -> None:
+    draw = meter(terminal, Clock(), 1, size)
+    draw(Backup("x", "x"), size, size)
+    assert on_screen(terminal.shown())[0].startswith(f"{shown} of {shown}  100%")
 
 
 def test_a_file_that_grew_past_the_total_is_at_most_all_of_it(terminal: Terminal) -> None:
@@ -326,7 +349,7 @@ def test_the_line_is_redrawn_ten_times_a_second_at_most(terminal: Terminal) -> N
         clock.seconds += 1 / 128
     drawn = terminal.shown().split("\r")[1:]
     assert len(drawn) == 999 // 13 + 1
-    assert drawn[0].startswith("1 bytes of 1 KB")
+    assert drawn[0].startswith("1 bytes of 1.0 KB")
 
 
 def test_where_there_is_no_terminal_nothing_is_drawn() -> None:

@@ -55,7 +55,7 @@ def run(command: str, folder: Path) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what is tracked, with a port of its own and the files the README talks of."""
+    """A copy of what is tracked, with a port of its own."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in ("Makefile", "README.md", "backup.info", "pyproject.toml"):
@@ -64,10 +64,6 @@ def checkout(tmp_path: Path) -> Path:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     (folder / "server.info").write_text(f"127.0.0.1:{free_port()}\n", encoding="ascii")
-    (folder / "report.pdf").write_bytes(os.urandom(238_917))
-    (folder / "notes.txt").write_bytes(b"fifteen bytes.\n")
-    (folder / "list.txt").write_text("report.pdf\nnotes.txt\n", encoding="ascii")
-    (folder / "restored").mkdir()
     # `make test` must not run this test again, nor fetch anything: one test, and this Python.
     (folder / "tests").mkdir()
     (folder / "tests" / "test_one.py").write_text("def test_one(): pass\n", encoding="ascii")
@@ -110,6 +106,7 @@ def test_every_command_of_the_readme_runs(checkout: Path) -> None:
 
 
 def test_the_library_example_of_the_readme_runs(checkout: Path) -> None:
+    (checkout / "report.pdf").write_bytes(os.urandom(100))
     (example,) = blocks("python")
     output = run(f"{sys.executable} -c '{example}'", checkout)
     assert output == "['report.pdf']\nreport.pdf: not on the server\n"

@@ -442,6 +442,12 @@ def test_a_device_is_not_a_file() -> None:
     assert "it is not a regular file" in str(unreadable(os.devnull))
 
 
+def test_a_file_whose_size_is_not_known_is_not_taken_for_an_empty_one() -> None:
+    message = "cannot read /proc/cpuinfo: its size is 0, and yet there are bytes in it; send a copy"
+    assert message in str(unreadable("/proc/cpuinfo"))
+    assert "/proc/self/mem: input/output error" in str(unreadable("/proc/self/mem"))
+
+
 def test_a_pipe_is_not_a_file_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
     def ring(_signal: int, _frame: Optional[FrameType]) -> None:
         raise AssertionError("it waits for the pipe's other end")

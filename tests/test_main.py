@@ -11,7 +11,7 @@ from typing import List
 import pytest
 
 from backup import __version__
-from tests.helpers import ROOT, WAIT_SECONDS
+from tests.helpers import ROOT, WAIT_SECONDS, signals_put_back
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_running_the_package_runs_a_command_line(
     start: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["backup", *arguments])
-    with pytest.raises(SystemExit) as caught:
+    with signals_put_back(), pytest.raises(SystemExit) as caught:
         runpy.run_module("backup", run_name="__main__")
     assert caught.value.code == code
     assert capsys.readouterr().out.startswith(start)

@@ -301,6 +301,24 @@ def test_a_socket_does_not_hear_of_the_event_of_an_older_one_of_its_number(
             reactor.unwatch(sock)
 
 
+def test_what_an_interrupt_took_out_of_the_selector_is_unwatched_all_the_same(
+    reactor: Reactor, pair: PairFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """selectors takes a socket out when changing its interest ends in an exception."""
+    ours, _ = pair()
+
+    def interrupted(sock: socket.socket, *_: object) -> None:
+        reactor._selector.unregister(sock)
+        raise KeyboardInterrupt
+
+    reactor.watch(ours, READ, lambda _: None)
+    monkeypatch.setattr(reactor._selector, "modify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reactor.watch(ours, WRITE, lambda _: None)
+    reactor.unwatch(ours)
+    reactor.watch(ours, READ, lambda _: None)  # nothing of it is left
+
+
 def test_unwatching_what_is_not_watched_does_nothing(reactor: Reactor, pair: PairFactory) -> None:
     ours, _ = pair()
     reactor.unwatch(ours)

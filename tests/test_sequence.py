@@ -259,7 +259,7 @@ def test_a_server_that_is_not_there_ends_the_sequence_at_once(work: Work) -> Non
     assert said.out == "User ID: 7\n=== LIST (initial) ===\n"
     assert said.err == (
         f"backup: cannot connect to {host}:{port}: connection refused; "
-        "is it running? try: make serve\n"
+        "is it running? start it with: serve\n"
     )
     assert said.code == 1
 

@@ -367,7 +367,7 @@ def test_where_nobody_listens_the_message_says_how_to_start_the_server() -> None
         with stream.socket, pytest.raises(Unreachable) as caught:
             wait_settled(stream)
     assert str(caught.value) == (
-        f"cannot connect to {PEER}: connection refused; is it running? try: make serve"
+        f"cannot connect to {PEER}: connection refused; is it running? start it with: serve"
     )
 
 

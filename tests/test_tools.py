@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import List
 import pytest
 
 from tests.conftest import ServerFactory
-from tests.helpers import ROOT, WAIT_SECONDS, RunningServer
+from tests.helpers import ROOT, WAIT_SECONDS, RunningServer, signals_put_back
+from tools import demo
 
 
 def tool(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +50,12 @@ def test_full_test_finds_a_store_that_is_another(folder: Path, tmp_path: Path) -
     done = tool(folder, "full_test", "--root", str(tmp_path / "other"))
     assert done.returncode == 1
     assert "FAIL  'one.bin': on disk as sent" in done.stdout
+
+
+def test_full_test_says_that_the_store_is_not_there(folder: Path) -> None:
+    done = tool(folder, "full_test", "--root", "nosuch")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--root: nosuch is not a folder; name the server's store\n"
 
 
 def test_backup_only_and_list_only(folder: Path, server: RunningServer) -> None:
@@ -101,7 +109,7 @@ def test_without_a_server_each_says_so_in_one_line(
     more = {"list_only": ["--user-id", "1"], "load_test": ["--clients", "3"]}.get(name, [])
     done = tool(tmp_path, name, *more)
     assert done.returncode == 1
-    assert "is it running? try: make serve" in done.stdout + done.stderr
+    assert "is it running? start it with: serve" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -120,3 +128,14 @@ def test_the_demo_shows_both_sides_and_leaves_nothing(tmp_path: Path) -> None:
     assert re.search(r"^\[SERVER\] Listening on 127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
     assert "README.md not found on server\n" in done.stdout
     assert len(re.findall(r"^\[SERVER\] user=\d+ op=", done.stdout, re.MULTILINE)) == 7
+
+
+def test_a_demo_that_is_interrupted_before_the_server_listens_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupting = "import os, signal; os.kill(os.getppid(), signal.SIGINT); signal.pause()"
+    monkeypatch.setattr(demo, "BACKUP", [sys.executable, "-c", interrupting])
+    with signals_put_back():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert demo.main() == 130
+    assert capsys.readouterr() == ("", "interrupted\n")

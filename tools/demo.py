@@ -13,26 +13,35 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List
 
 HERE = Path(__file__).resolve().parent.parent
 BACKUP = [sys.executable, "-m", "backup"]
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="backup-demo-") as work:
-        command = [*BACKUP, "serve", "--listen", "127.0.0.1:0", "--root", f"{work}/store"]
-        server = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
-        assert server.stderr is not None
-        try:
-            log = [server.stderr.readline()]
-            print("$ backup serve --listen 127.0.0.1:0", flush=True)
-            print(log[0], end="", flush=True)
-            return run_sequence(log[0], Path(work))
-        finally:
-            server.terminate()
-            log += server.communicate()[1].splitlines(keepends=True)
-            show_log(log[1:])
+    try:
+        with tempfile.TemporaryDirectory(prefix="backup-demo-") as work:
+            return show(Path(work))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def show(work: Path) -> int:
+    """Both sides, with the store in the folder ``work``."""
+    command = [*BACKUP, "serve", "--listen", "127.0.0.1:0", "--root", f"{work}/store"]
+    server = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        first_line = server.stderr.readline()
+        print("$ backup serve --listen 127.0.0.1:0", flush=True)
+        print(first_line, end="", flush=True)
+        code = run_sequence(first_line, work)
+    finally:
+        server.terminate()
+        log = server.communicate()[1]
+    print(f"\nThe server's log:\n{log}", end="")
+    return code
 
 
 def run_sequence(first_line: str, work: Path) -> int:
@@ -44,11 +53,6 @@ def run_sequence(first_line: str, work: Path) -> int:
     print("\n$ backup client", flush=True)
     command = [*BACKUP, "client", "--server-info", str(info), "--output-dir", str(work)]
     return subprocess.run(command, cwd=HERE, check=False).returncode
-
-
-def show_log(lines: List[str]) -> None:
-    print("\nThe server's log:")
-    print("".join(lines), end="")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Callable, Dict, Optional, Type
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backup import BackupError, Client, NotDeleted, NotFound, Refused
+from backup import BackupError, Client, ConfigError, NotDeleted, NotFound, Refused
 from backup.config import draw_user_id, read_server_info
+from backup.names import show
 from tools.common import options, run
 
 SIZES = {
@@ -54,6 +55,8 @@ def main() -> int:
     parser.add_argument("--root", metavar="DIR", help="the server's store, to look at the disk too")
     chosen = parser.parse_args()
     address = read_server_info(chosen.server_info)
+    if chosen.root is not None and not os.path.isdir(chosen.root):
+        raise ConfigError(f"--root: {show(chosen.root)} is not a folder; name the server's store")
     user_id = draw_user_id()
     folder = None if chosen.root is None else Path(chosen.root) / str(user_id)
     report = Report()
