@@ -1,28 +1,32 @@
 """What users may hold, and what they do hold.
 
 Rules: space is reserved when an upload's size is announced, and given back when
-it ends, in whatever way; what would not fit is refused before a byte is kept.
-When the file takes its name, the caps are looked at once more, with what is true
-then. So uploads side by side never pass a cap together. A file that is replaced
-makes room for the one that replaces it.
+it ends, in whatever way. What is known by then is looked at then: the free space
+of the disk, and what all users hold. What one user holds is counted once, a slice
+at a time, before more of his first upload is taken than one receive brings. When
+the file takes its name, the caps are looked at once more, with what is true then.
+So uploads side by side never pass a cap together. A file that is replaced makes
+room for the one that replaces it.
 
-What a user holds is counted once, a slice at a time, before his first upload
-ends; a change in between begins it anew. From then on it is kept up to date.
-Nothing is kept of a user who holds nothing and sends nothing, nor of a counting
-that nobody waits for any more: strangers can name four billion users.
-What is changed by another's hand, or by another server of the same root, is
-seen at the next start.
+What changes while it is counted is told to the count, since readdir(3) may or may
+not have seen it. From then on it is kept up to date. Nothing is kept of a user
+who holds nothing and sends nothing, and few countings that nobody waits for:
+strangers can name four billion users. What is changed by another's hand, or by
+another server of the same root, is seen at the next start.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from itertools import islice
-from typing import Callable, Dict, Optional, Set
+from typing import Callable, Dict, Optional
 
 from . import disk
 from .errors import QuotaExceeded
 from .settings import Settings
+
+_MOST_COUNTINGS = 16  # that are kept open although nobody waits for them at the moment
 
 
 class Held:
@@ -46,7 +50,8 @@ class Count:
     def __init__(self, entries: disk.Entries, slice_names: int) -> None:
         self._entries = entries
         self._slice = slice_names
-        self.held = Held()
+        self._sizes: Dict[bytes, int] = {}
+        self._changed: Dict[bytes, Optional[int]] = {}  # the last size that the store told of
 
     def step(self) -> bool:
         """Counts the next slice; whether that was the last. Raises ``OSError``."""
@@ -55,8 +60,23 @@ class Count:
             seen += 1
             if entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):  # another server has removed it meanwhile
-                    self.held.add(1, entry.stat(follow_symlinks=False).st_size)
+                    size = entry.stat(follow_symlinks=False).st_size
+                    self._sizes[os.fsencode(entry.name)] = size
         return seen < self._slice
+
+    def changed(self, name: bytes, size: Optional[int]) -> None:
+        """Takes note that a file has got its name, or, without a size, has lost it."""
+        self._changed[name] = size
+
+    @property
+    def held(self) -> Held:
+        """What was counted."""
+        sizes = {**self._sizes, **self._changed}
+        held = Held()
+        for size in sizes.values():
+            if size is not None:
+                held.add(1, size)
+        return held
 
     def close(self) -> None:
         """Lets go of the folder."""
@@ -64,21 +84,42 @@ class Count:
 
 
 class Reservation:
-    """The room of one upload, once it is ``granted``; ``release`` it when the upload has ended."""
+    """The room of one upload; ``granted`` once it is known that the user may hold it."""
 
-    __slots__ = ("_ledger", "files", "granted", "more", "size", "user_id", "written")
+    __slots__ = ("_ledger", "_written", "ended", "files", "granted", "more", "size", "user_id")
 
-    def __init__(self, ledger: Ledger, user_id: int, size: int) -> None:
+    def __init__(self, ledger: Ledger, user_id: int, size: int, older: Optional[int]) -> None:
         self._ledger = ledger
+        self._written = 0
         self.user_id = user_id
         self.size = size
-        self.written = 0  # of it
-        self.granted = False
-        self.files = self.more = 0  # files and bytes that the user will hold more than before
+        self.granted = self.ended = False
+        self.files = int(older is None)  # that the user will hold more than before,
+        self.more = size - (older or 0)  # and bytes, or fewer
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes that the disk does not have yet."""
+        return self.size - self._written
+
+    def wrote(self, count: int) -> None:
+        """The disk has so many more of its bytes."""
+        self._written += count
+        self._ledger.promised -= count
 
     def release(self) -> None:
         """Gives the room back; what was stored meanwhile is in the ledger as that."""
         self._ledger.end(self)
+
+
+class Running:
+    """What the uploads of one user will make him hold more than now, as far as it is granted."""
+
+    __slots__ = ("count", "more")
+
+    def __init__(self) -> None:
+        self.count = 0  # of uploads, granted or not
+        self.more = Held()
 
 
 class Ledger:
@@ -88,7 +129,9 @@ class Ledger:
         self._settings = settings
         caps = (settings.user_bytes, settings.user_files, settings.total_bytes)
         self.counts = any(cap is not None for cap in caps)
-        self._running: Dict[int, Set[Reservation]] = {}  # of each user
+        self.promised = 0  # bytes that uploads have announced and not written
+        self._more = 0  # bytes that all users will hold more than now
+        self._running: Dict[int, Running] = {}
         self._users: Dict[int, Held] = {}
         self._counting: Dict[int, Count] = {}
         self._total = Held()
@@ -99,30 +142,70 @@ class Ledger:
         if cap is not None and size > cap:
             raise QuotaExceeded(f"a file of {size} bytes; at most {cap} are taken")
 
-    def begin(self, user_id: int, size: int) -> Reservation:
-        """What an upload of ``size`` bytes wants; nothing is promised yet."""
-        wanted = Reservation(self, user_id, size)
-        self._running.setdefault(user_id, set()).add(wanted)
+    def begin(
+        self, user_id: int, size: int, older: Optional[int], free: Optional[int]
+    ) -> Reservation:
+        """Room for an upload; ``older`` are the bytes of the file that it replaces.
+
+        ``free`` are the bytes free on the disk, where that matters. What the
+        user may hold is for ``grant`` to look at. Raises ``QuotaExceeded``.
+        """
+        if free is not None:
+            floor = self._settings.min_free_bytes or 0
+            if free - self.promised - size < floor:
+                raise QuotaExceeded(
+                    f"{size} bytes, and {free - self.promised} are free of which {floor} must stay"
+                )
+        wanted = Reservation(self, user_id, size, older)
+        self._check_total(self._more + wanted.more, wanted.more)
+        self._running.setdefault(user_id, Running()).count += 1
+        self.promised += size
+        self._more += max(0, wanted.more)
         return wanted
+
+    def grant(self, wanted: Reservation) -> None:
+        """Promises the room to a user who was ``counted``. Raises ``QuotaExceeded``."""
+        own = self._running[wanted.user_id].more
+        if self.counts:
+            self._check_user(
+                wanted.user_id,
+                wanted.files and own.files + wanted.files,
+                wanted.more if wanted.more <= 0 else own.bytes + wanted.more,
+            )
+        own.add(wanted.files, max(0, wanted.more))
+        wanted.granted = True
 
     def end(self, reservation: Reservation) -> None:
         """Takes it back; the second time, that is nothing."""
-        user_id = reservation.user_id
-        own = self._running.get(user_id)
-        if own is None or reservation not in own:
+        if reservation.ended:
             return
-        own.remove(reservation)
-        if not own:
+        reservation.ended = True
+        user_id, more = reservation.user_id, max(0, reservation.more)
+        self.promised -= reservation.unwritten
+        self._more -= more
+        own = self._running[user_id]
+        own.count -= 1
+        if reservation.granted:
+            own.more.add(-reservation.files, -more)
+        if not own.count:
             del self._running[user_id]
-            self._forget(user_id)
             self._let_go(user_id)
+
+    def knows(self, user_id: int) -> bool:
+        """Whether what the user holds is known, or need not be."""
+        return not self.counts or user_id in self._users
+
+    def knows_nothing_is_there(self, user_id: int) -> None:
+        """Takes note that the user has no folder: that needs no counting."""
+        if self.counts and user_id not in self._users:
+            self._users[user_id] = Held()
 
     def counted(self, user_id: int, entries: Callable[[], disk.Entries]) -> bool:
         """Whether it is known what the user holds; counts a slice if it is not.
 
         ``entries`` are what lies in the user's folder. Raises ``OSError``.
         """
-        if not self.counts or user_id in self._users:
+        if self.knows(user_id):
             return True
         count = self._counting.get(user_id)
         if count is None:
@@ -131,6 +214,7 @@ class Ledger:
             except FileNotFoundError:  # he has stored nothing yet
                 self._users[user_id] = Held()
                 return True
+            self._make_room()
             self._counting[user_id] = count
         try:
             if not count.step():
@@ -138,80 +222,64 @@ class Ledger:
         except OSError:
             self._forget(user_id)
             raise
-        self._users[user_id] = count.held
-        self._total.add(count.held.files, count.held.bytes)
+        held = self._users[user_id] = count.held
+        self._total.add(held.files, held.bytes)
         self._forget(user_id)
         return True
-
-    def grant(self, wanted: Reservation, older: Optional[int], free: Optional[int]) -> None:
-        """Promises the room; ``older`` are the bytes of the file that is replaced.
-
-        ``free`` are the bytes free on the disk, where that matters. The user
-        must have been ``counted``. Raises ``QuotaExceeded``.
-        """
-        size, user_id = wanted.size, wanted.user_id
-        own = [one for one in self._running[user_id] if one.granted]
-        of_all = [one for each in self._running.values() for one in each if one.granted]
-        new, more = int(older is None), size - (older or 0)
-        if free is not None:
-            promised = sum(one.size - one.written for one in of_all)
-            floor = self._settings.min_free_bytes or 0
-            if free - promised - size < floor:
-                raise QuotaExceeded(
-                    f"{size} bytes, and {free - promised} are free of which {floor} must stay"
-                )
-        if self.counts:
-            self._check(
-                user_id,
-                new + sum(one.files for one in own),
-                more + sum(one.more for one in own),
-                more + sum(one.more for one in of_all),
-            )
-        wanted.granted, wanted.files, wanted.more = True, new, max(0, more)
 
     def check(self, user_id: int, size: int, older: Optional[int]) -> None:
         """Raises ``QuotaExceeded`` if the file does not fit now that it is to have its name."""
         if self.counts:
             more = size - (older or 0)
-            self._check(user_id, 1 if older is None else 0, more, more)
+            self._check_total(more, more)
+            self._check_user(user_id, int(older is None), more)
 
-    def stored(self, user_id: int, size: int, older: Optional[int]) -> None:
+    def stored(self, user_id: int, name: bytes, size: int, older: Optional[int]) -> None:
         """A file has its name."""
-        self._changed(user_id, 1 if older is None else 0, size - (older or 0))
+        self._changed(user_id, name, size, int(older is None), size - (older or 0))
 
-    def removed(self, user_id: int, size: int) -> None:
+    def removed(self, user_id: int, name: bytes, size: int) -> None:
         """A file has lost it."""
-        self._changed(user_id, -1, -size)
+        self._changed(user_id, name, None, -1, -size)
 
     def close(self) -> None:
         """Lets go of the folders that are being counted."""
         for user_id in list(self._counting):
             self._forget(user_id)
 
-    def _changed(self, user_id: int, files: int, size: int) -> None:
-        self._forget(user_id)
+    def _changed(
+        self, user_id: int, name: bytes, size: Optional[int], files: int, more: int
+    ) -> None:
+        if user_id in self._counting:
+            self._counting[user_id].changed(name, size)
         held = self._users.get(user_id)
         if held is not None:
-            held.add(files, size)
-            self._total.add(files, size)
+            held.add(files, more)
+            self._total.add(files, more)
             self._let_go(user_id)
 
-    def _check(self, user_id: int, files: int, size: int, size_of_all: int) -> None:
-        """What the user, and all together, would hold then."""
+    def _check_user(self, user_id: int, files: int, more: int) -> None:
+        """What the user would hold with so many files and bytes more."""
         held, caps = self._users[user_id], self._settings
         if caps.user_files is not None and files > 0 and held.files + files > caps.user_files:
             raise QuotaExceeded(f"user {user_id} may hold {caps.user_files} files")
-        if caps.user_bytes is not None and size > 0 and held.bytes + size > caps.user_bytes:
+        if caps.user_bytes is not None and more > 0 and held.bytes + more > caps.user_bytes:
             raise QuotaExceeded(
                 f"user {user_id} may hold {caps.user_bytes} bytes and holds {held.bytes}"
             )
-        total = self._total.bytes
-        if (
-            caps.total_bytes is not None
-            and size_of_all > 0
-            and total + size_of_all > caps.total_bytes
-        ):
-            raise QuotaExceeded(f"all users may hold {caps.total_bytes} bytes and hold {total}")
+
+    def _check_total(self, more: int, of_this: int) -> None:
+        """What all users would hold with so many bytes more; one that brings none is let in."""
+        cap, total = self._settings.total_bytes, self._total.bytes
+        if cap is not None and of_this > 0 and total + more > cap:
+            raise QuotaExceeded(f"all users may hold {cap} bytes and hold {total}")
+
+    def _make_room(self) -> None:
+        """Ends countings that nobody waits for, the oldest first, when there are many."""
+        if len(self._counting) < _MOST_COUNTINGS:
+            return
+        for user_id in [user_id for user_id in self._counting if user_id not in self._running]:
+            self._forget(user_id)
 
     def _let_go(self, user_id: int) -> None:
         """Keeps nothing of a user who holds nothing and sends nothing; that is counted quickly."""

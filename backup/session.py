@@ -179,8 +179,10 @@ class Session(Endpoint):
         try:
             if isinstance(self.change, Upload):
                 assert self._request is not None
+                if not self._store.reserve(self.change):
+                    return Later.STEP
                 if self._bytes == self._request.size:
-                    return self._whole()
+                    return Later.COMMIT
                 self.change.catch_up()
                 return None
             if isinstance(self._body, ListedBody):
@@ -289,16 +291,16 @@ class Session(Endpoint):
     def _write(self, view: memoryview) -> Optional[Later]:
         assert isinstance(self.change, Upload)
         assert self._request is not None
-        self._store.reserve(self.change)
         self.change.write(view)
         self._bytes += len(view)
-        whole = self._bytes == self._request.size  # then its commit makes it durable
-        return Later.STEP if self.change.behind and not whole else None
+        if self._bytes == self._request.size:
+            return None  # its commit makes it durable
+        return Later.STEP if self.change.behind or not self.change.granted else None
 
     def _whole(self) -> Later:
         """What a change waits for that has come as a whole."""
-        fits = not isinstance(self.change, Upload) or self._store.reserve(self.change)
-        return Later.COMMIT if fits else Later.STEP
+        granted = not isinstance(self.change, Upload) or self.change.granted
+        return Later.COMMIT if granted else Later.STEP
 
     def _cut(self, cut: Cut) -> Optional[Outgoing]:
         if cut.state not in (State.SIZE, State.PAYLOAD):

@@ -32,7 +32,7 @@ from . import disk
 from .errors import AppendOnly, BackupError, InternalError, NotFound, StoreFailed
 from .listing import Listing
 from .names import decode, escape
-from .quota import Ledger
+from .quota import Ledger, Reservation
 from .reclaim import Reclaim
 from .settings import Settings
 from .upload import Pace, Upload
@@ -141,46 +141,55 @@ class Store:
         """
         decode(name)
         self._ledger.check_file(size)
+        reservation = None
         try:
             if self._settings.append_only and self._size(user_id, name) is not None:
                 raise _append_only(name)
+            reservation = self._announced(user_id, name, size)
             upload = self._new_upload(user_id, name, size)
-        except OSError as error:
-            raise disk.failed("cannot begin an upload", self._temporary, error) from error
-        try:
-            self.reserve(upload)
-        except BaseException:
-            upload.abort()
+        except BaseException as error:
+            if reservation is not None:
+                reservation.release()
+            if isinstance(error, OSError):
+                raise disk.failed("cannot begin an upload", self._temporary, error) from error
             raise
+        upload.reservation = reservation
         return upload
 
     def reserve(self, upload: Upload) -> bool:
-        """Whether there is room for the upload, which is then kept for it.
+        """Whether it is known that the user may hold the upload, which then has its room.
 
-        False when that is not known yet: each call counts a slice of what the
-        user holds. Before it is known, the upload is not to be committed.
+        Each call that returns False has counted a slice of what he holds.
         Raises ``QuotaExceeded`` or ``StoreFailed``.
         """
-        if not self._capped:
+        if upload.reservation is None or upload.granted:
             return True
         user_id = upload.user_id
-        if upload.reservation is None:
-            upload.reservation = self._ledger.begin(user_id, upload.size)
-        if upload.reservation.granted:
-            return True
         try:
             if not self._ledger.counted(user_id, lambda: self._folder_to_read(user_id).entries()):
                 return False
-            free = None
-            if self._settings.min_free_bytes is not None:
-                free = shutil.disk_usage(self._root).free
-            older = self._size(user_id, upload.name)
         except OSError as error:
             raise disk.failed("cannot count", self._user_path(user_id), error) from error
         finally:
             self._read_no_longer()
-        self._ledger.grant(upload.reservation, older, free)
+        self._ledger.grant(upload.reservation)
         return True
+
+    def _announced(self, user_id: int, name: bytes, size: int) -> Optional[Reservation]:
+        """The room of an upload of so many bytes, where there are caps. Raises ``OSError``."""
+        if not self._capped:
+            return None
+        minimum = self._settings.min_free_bytes
+        free = None if minimum is None else shutil.disk_usage(self._root).free
+        older = self._size(user_id, name)
+        wanted = self._ledger.begin(user_id, size, older, free)
+        try:
+            if self._ledger.knows(user_id):
+                self._ledger.grant(wanted)
+        except BaseException:
+            wanted.release()
+            raise
+        return wanted
 
     def remove(self, user_id: int, name: bytes) -> Removal:
         """The removal of ``name``, to be handed to ``commit``.
@@ -349,10 +358,10 @@ class Store:
             raise _append_only(upload.name)  # stored since the upload began
         while not self.reserve(upload):  # for who did not ask before
             continue
-        self._ledger.check(upload.user_id, upload.size, size)
+        self._ledger.check(upload.user_id, upload.written, size)
         with self._held(folder, upload.name, older):
             folder.take(upload.path, upload.name)
-        self._ledger.stored(upload.user_id, upload.size, size)
+        self._ledger.stored(upload.user_id, upload.name, upload.written, size)
 
     def _remove(self, folders: _Folders, removal: Removal) -> None:
         try:
@@ -362,7 +371,7 @@ class Store:
                 raise _not_found(removal.user_id, removal.name)
             with self._held(folder, removal.name, found):
                 folder.unlink(removal.name)
-            self._ledger.removed(removal.user_id, found.st_size)
+            self._ledger.removed(removal.user_id, removal.name, found.st_size)
         except FileNotFoundError:
             raise _not_found(removal.user_id, removal.name) from None
 
@@ -426,6 +435,7 @@ class Store:
         try:
             found = self._folder_to_read(user_id).status(name)
         except FileNotFoundError:
+            self._ledger.knows_nothing_is_there(user_id)
             return None
         finally:
             self._read_no_longer()

@@ -87,11 +87,21 @@ class Upload:
             disk.write_all(self._fd, data)
             self._written += len(data)
             if self.reservation is not None:
-                self.reservation.written = self._written
+                self.reservation.wrote(len(data))
             if self._written - self._started >= self._pace.write_back_bytes:
                 self.start_write_back()
         except OSError as error:
             raise disk.failed("cannot write an upload", self.path, error) from error
+
+    @property
+    def granted(self) -> bool:
+        """Whether it is known that the user may hold it."""
+        return self.reservation is None or self.reservation.granted
+
+    @property
+    def written(self) -> int:
+        """Bytes so far."""
+        return self._written
 
     @property
     def behind(self) -> bool:

@@ -41,10 +41,22 @@ def put(store: Store, name: bytes, size: int, user_id: int = USER) -> None:
         raise failure
 
 
+def reserved(store: Store, name: bytes, size: int, user_id: int = USER) -> Upload:
+    """An upload of which it is known that it fits."""
+    upload = store.begin(user_id, name, size)
+    try:
+        while not store.reserve(upload):
+            continue
+    except QuotaExceeded:
+        upload.abort()
+        raise
+    return upload
+
+
 def refused(store: Store, name: bytes, size: int, user_id: int = USER) -> bool:
     """Whether a file is refused; none is left begun."""
     try:
-        store.begin(user_id, name, size).abort()
+        reserved(store, name, size, user_id).abort()
     except QuotaExceeded:
         return True
     return False
@@ -225,25 +237,40 @@ def test_what_was_there_is_counted_a_slice_at_a_time(root: Path, files: int) -> 
     (root / str(USER) / "folder").mkdir()
     store = Store(root, Settings(user_bytes=10 * files + 5, listing_names=4))
     upload = store.begin(USER, b"a", 5)
+    upload.write(memoryview(bytes(5)))
     calls = 1
     while not store.reserve(upload):
         calls += 1
-    assert calls == max(1, (files + 1) // 4)  # begin has counted the first
+    assert calls == (files + 1) // 4 + 1
     assert store.commit([upload]) == [None]
     assert refused(store, b"b", 1)
 
 
-def test_a_change_begins_the_counting_anew(root: Path) -> None:
+@pytest.mark.parametrize("slices", [0, 1, 2, 3])
+def test_what_changes_while_it_is_counted_counts(root: Path, slices: int) -> None:
     fill(root, [10] * 8)
     store = Store(root, Settings(user_bytes=80, listing_names=4))
-    upload = store.begin(USER, b"a", 10)  # of which a slice is counted
+    upload = begun(store, b"a", 10)
+    known = [store.reserve(upload) for _ in range(min(slices, 2))]
+    assert not any(known)
     assert store.commit([store.remove(USER, b"old 0")]) == [None]
-    assert not store.reserve(upload)
     while not store.reserve(upload):
-        continue
-    upload.write(memoryview(bytes(10)))
+        slices += 1
     assert store.commit([upload]) == [None]
+    assert slices <= 3  # and goes on where it was
     assert refused(store, b"b", 1)
+
+
+def test_of_a_user_who_is_not_counted_yet_a_server_takes_no_more_than_has_come(
+    tmp_path: Path,
+) -> None:
+    fill(tmp_path / "store", [10] * 50)
+    settings = Settings(user_bytes=510, listing_names=1, scratch_bytes=64)
+    with RunningServer(tmp_path / "store", settings) as server:
+        whole = request(USER, BACKUP, b"a", bytes(100_000))
+        assert ask(server.address, whole) == response(1001, b"a")
+        line = reason(server, "quota")
+        assert int(line.split("bytes=")[1].split()[0]) <= 64
 
 
 def test_who_does_not_ask_first_is_counted_all_the_same(root: Path) -> None:
@@ -280,7 +307,7 @@ def test_a_counting_goes_on_as_long_as_somebody_waits_for_it(root: Path) -> None
     before = open_descriptors()
     first, second = store.begin(USER, b"a", 10), store.begin(USER, b"b", 10)
     first.abort()
-    assert [store.reserve(second) for _ in range(3)] == [False, False, True]
+    assert [store.reserve(second) for _ in range(5)] == [False] * 4 + [True]
     second.abort()
     third = store.begin(USER, b"c", 10)
     assert store.reserve(third)  # what is known stays known
