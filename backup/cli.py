@@ -280,9 +280,11 @@ def serve(options: argparse.Namespace, _: Console) -> int:
                 _exit_at_the_latest(in_seconds=1)
 
         stack.enter_context(_on_signals(stop))
+        hang_up: Callable[..., None] = stop  # of the terminal
         if isinstance(sink, LogFile):
             again = partial(server.call, partial(reopen, sink))
-            stack.enter_context(_on_signals(lambda *_: again(), "SIGHUP"))
+            hang_up = lambda *_: again()  # noqa: E731
+        stack.enter_context(_on_signals(hang_up, "SIGHUP"))
         stack.enter_context(_on_signals(lambda *_: server.report(), "SIGUSR1"))
         stack.enter_context(_waking(server.wake_fd))
         if options.pid_file:

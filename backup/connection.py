@@ -334,7 +334,8 @@ class Connection:
                     self._patience.stand(min(settings.header_seconds, settings.idle_seconds))
                 self.begun = True
                 self._may_receive -= count
-                self._patience.moved(count)
+                if self._asks or self._outgoing is None:  # what follows a request buys no time
+                    self._patience.moved(count)
                 parts = self._receiver.feed(room[:count])
             else:
                 self._hears = False
@@ -439,6 +440,13 @@ class Connection:
         self.phase = phase
 
     def _missed(self, what: str) -> None:
+        try:
+            self._give_up(what)
+        except Exception as fault:
+            self.fail(fault)
+
+    def _give_up(self, what: str) -> None:
+        """Ends an exchange whose peer has missed its deadline."""
         peer = self._stream.peer
         if self.phase is _CONNECTING:
             seconds = f"{self._patience.seconds:g} s"

@@ -6,17 +6,21 @@ never holds a byte that a client chose unless ``names.escape`` has made it
 harmless. A log that cannot be written does not stop the service, and does not
 hold it up: what its sink does not take is kept, as far as there is room, and
 the oldest goes first. The lines lost are counted in ``dropped``, and the next
-line that gets through says so.
+line that gets through says so; ``lost`` counts them all. Only at the end does
+``drain`` wait for a slow reader, and not for long.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import deque
 from typing import Callable, Deque, Dict, List, Mapping, NamedTuple, Optional, Sequence, TextIO
 
 PREFIX = "[SERVER] "
+
+_RETRY_SECONDS = 0.01
 
 BACKLOG = 1000
 """Lines that are kept from turn to turn while the log takes none."""
@@ -59,7 +63,8 @@ class Log:
         self._sink = sink
         self._level = level
         self._lines: Deque[Line] = deque()
-        self.dropped = 0
+        self.dropped = 0  # lines, of which nobody was told yet
+        self.lost = 0  # lines in all
 
     def add(self, level: int, message: str, fields: Fields = _NO_FIELDS) -> None:
         """Keeps one line."""
@@ -94,10 +99,20 @@ class Log:
             self._lines.popleft()
         self._drop(len(self._lines) - BACKLOG)
 
+    def drain(self, seconds: float) -> None:
+        """Writes what was kept, for so long at most; what is left then is lost."""
+        until = time.monotonic() + seconds
+        self.flush()
+        while self._lines and time.monotonic() < until:
+            time.sleep(_RETRY_SECONDS)  # a sink may be anything: there is no event to wait for
+            self.flush()
+        self._drop(len(self._lines))
+
     def _drop(self, count: int) -> None:
         for _ in range(count):
             self._lines.popleft()
             self.dropped += 1
+            self.lost += 1
 
 
 def as_text(line: Line) -> str:

@@ -1,7 +1,8 @@
 """A file that says which process a server is, for whoever has to send it signals.
 
-Rules: it is there as a whole or not at all, and only while the server runs. At
-the end it is removed, unless another process has put its own there meanwhile.
+Rules: it is there as a whole or not at all, and only while the server runs, who
+holds it locked (flock(2)) so that no second one takes it over. At the end it is
+removed, if it is still the one that was written.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from . import disk
 from .errors import SetupFailed
 from .names import show
 
@@ -19,18 +21,21 @@ class PidFile:
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
         self._content = b"%d\n" % os.getpid()  # no other process can be this one meanwhile
+        self._lock = -1
 
     def __enter__(self) -> PidFile:
-        """Writes it, over one that another process has left. Raises ``SetupFailed``."""
-        part = f"{self._path}.{os.getpid()}"
+        """Writes it, over one that a process has left that is no more. Raises ``SetupFailed``."""
+        part = f"{self._path}.{os.urandom(8).hex()}"
         try:
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._refuse_a_second()
+            self._lock = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(self._content)
+                disk.write_all(self._lock, memoryview(self._content))
+                disk.claim(self._lock)
                 os.chmod(part, 0o644)  # nothing in it is secret, and others may have to read it
                 os.replace(part, self._path)
             except BaseException:
+                disk.close(self._lock)
                 os.unlink(part)
                 raise
         except (OSError, ValueError) as error:
@@ -41,6 +46,22 @@ class PidFile:
             ) from error
         return self
 
+    def _refuse_a_second(self) -> None:
+        """Raises ``SetupFailed`` if a process that runs holds the file."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            return
+        try:
+            free, content = disk.claim(fd), os.read(fd, 32)
+        finally:
+            os.close(fd)
+        if not free and content != self._content:
+            raise SetupFailed(
+                f"{show(self._path)} is held by process {show(os.fsdecode(content.strip()))},"
+                " which runs; stop it, or take another: --pid-file FILE"
+            )
+
     def __exit__(self, *_: object) -> None:
         """Removes it, if it is still the one that was written."""
         with suppress(OSError):  # gone already, or not to be had: it says nothing any more
@@ -48,3 +69,4 @@ class PidFile:
                 ours = file.read(len(self._content) + 1) == self._content
             if ours:
                 os.unlink(self._path)
+        disk.close(self._lock)

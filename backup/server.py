@@ -44,12 +44,22 @@ except ImportError:  # Windows
 
 _SPARE = 16  # descriptors that the loop, the log, a folder and whoever embeds the server may need
 
+_QUIET_SECONDS = 60.0  # between two warnings of the same trouble
+
 _OPEN_MAX = 10240  # macOS, sys/syslimits.h
 
 _FOLDERS = 64  # descriptors that a commit may need for its users' folders
 
-# What accept(2) says when the system, not the connection, lacks something.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+# What accept(2) says of a connection that was gone before it was accepted. Anything else, running
+# out of descriptors first of all, is the system's, and is not over at once.
+_GONE = {
+    getattr(errno, name)
+    for name in (
+        *("ECONNABORTED", "ECONNRESET", "EPROTO", "EINTR", "ENETDOWN", "ENOPROTOOPT"),
+        *("EHOSTDOWN", "ENONET", "EHOSTUNREACH", "ENETUNREACH", "ETIMEDOUT"),
+    )
+    if hasattr(errno, name)
+}
 
 
 class Server(Owner):
@@ -103,6 +113,7 @@ class Server(Owner):
         self._room = min(room, settings.max_connections or room)
         self._of_host: Counter[str] = Counter()  # connections
         self._full = self._was_full = False
+        self._next_warning = self._reactor.now()  # that accept has failed, by the reactor's clock
         self._serving = False
         self._stopping = False
         self._closed = False
@@ -132,7 +143,7 @@ class Server(Owner):
             while self._serving:
                 self.turn()
             self._close_connections()
-            self._log.add(logging.INFO, "Counters", self._numbers())
+            self._log.answer("Counters", self._numbers())
             self._log.add(logging.INFO, "Stopped")
         finally:
             self.close()
@@ -165,7 +176,8 @@ class Server(Owner):
         self._reactor.call(lambda: self._log.answer("Counters", self._numbers()))
 
     def _numbers(self) -> Fields:
-        return self._counters.fields(len(self._sessions), self._reactor.slowest_turn)
+        numbers = self._counters.fields(len(self._sessions), self._reactor.slowest_turn)
+        return {**numbers, "log_lines_lost": self._log.lost}
 
     def close(self) -> None:
         """Closes every connection and the listener, for a server that is not serving."""
@@ -173,7 +185,7 @@ class Server(Owner):
             return
         self._closed = True
         with ExitStack() as last_first:  # each, whatever comes out of the others
-            last_first.callback(self._log.flush)
+            last_first.callback(self._log.drain, self._settings.farewell_seconds)
             last_first.callback(self._reactor.close)
             last_first.callback(self._store.close)
             last_first.callback(self._listener.close)
@@ -236,10 +248,10 @@ class Server(Owner):
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self._rest(error)
-                return False
-            return True  # a connection that was gone before it was accepted
+            if error.errno in _GONE:
+                return True
+            self._rest(error)
+            return False
         try:
             peer = self._peer(address)
             if self._may_connect(peer):
@@ -275,7 +287,10 @@ class Server(Owner):
 
     def _rest(self, error: OSError) -> None:
         seconds = self._settings.accept_pause_seconds
-        self._log.add(logging.WARNING, f"cannot accept: {error.strerror}; again in {seconds:g} s")
+        if self._reactor.now() >= self._next_warning:
+            self._next_warning = self._reactor.now() + _QUIET_SECONDS
+            text = f"cannot accept: {error.strerror}; trying again every {seconds:g} s"
+            self._log.add(logging.WARNING, text)
         self._reactor.unwatch(self._listener)
         self._reactor.deadline(seconds, self._listen_again)
 

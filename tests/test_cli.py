@@ -535,7 +535,8 @@ def test_serve_answers_sigusr1_with_its_counters_even_when_it_is_quiet(
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
     with reacting(monkeypatch, *reactions) as lines:
         assert main([*SERVE, "--quiet"]) == 0
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert "Counters" in lines[-1]  # and at the end
     after = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
     assert after == before
 

@@ -927,6 +927,34 @@ def test_an_answer_that_is_taken_byte_by_byte_is_given_up(house: House) -> None:
     assert isinstance(house.error(), DeadlineMissed)
 
 
+def test_what_follows_a_request_buys_no_time_for_its_answer(house: House) -> None:
+    ours, theirs = house.pair()
+    theirs.sendall(REQUEST)
+    house.serve(ours, Notes(End=retrieved(Spool(bytes(30 << 20)))))
+    for _ in range(60):
+        theirs.sendall(bytes(5000))
+        house.after(1)
+        if house.ended:
+            break
+    assert isinstance(house.error(), DeadlineMissed)
+
+
+def test_a_fault_on_the_way_of_a_missed_deadline_is_this_connections_alone(house: House) -> None:
+    ours, theirs = house.pair()
+    endpoint = Notes()
+    connection = house.serve(ours, endpoint)
+    theirs.sendall(request(11, 100, NAME, b"", size=100))
+    house.turn()
+
+    def slip(error: BackupError) -> Optional[Outgoing]:  # noqa: ARG001
+        raise TypeError("a slip of the pen")
+
+    endpoint.refuse = slip  # type: ignore[method-assign, assignment]
+    house.after(60)
+    assert connection.phase is CLOSED
+    assert isinstance(house.error(), InternalError)
+
+
 def test_a_server_that_takes_a_request_byte_by_byte_is_given_up(house: House) -> None:
     ours, theirs = house.pair()
     house.ask(ours, Notes(), backup(Spool(bytes(30 << 20))))

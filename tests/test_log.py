@@ -320,3 +320,22 @@ def test_the_backlog_is_bounded_however_long_nothing_gets_through() -> None:
         log.flush()
         assert len(log._lines) <= BACKLOG
     assert log.dropped == 4 * BACKLOG
+
+
+def test_at_the_end_a_slow_reader_is_waited_for_and_the_rest_is_counted() -> None:
+    taken: List[str] = []
+    turns = [0, 0, 1, 0, 1]
+
+    def slow(lines: Sequence[Line]) -> int:
+        count = turns.pop(0) if turns else 0
+        taken.extend(line.message for line in lines[:count])
+        return count
+
+    log = Log(slow)
+    for message in ("one", "two", "three"):
+        log.add(logging.INFO, message)
+    log.drain(0.2)
+    assert taken == ["one", "two"]
+    assert log.lost == 1
+    log.drain(0.2)
+    assert log.lost == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from backup.errors import SetupFailed
 from backup.pidfile import PidFile
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
@@ -96,3 +99,25 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SetupFailed, match="no space left on device"), PidFile(f"{tmp_path}/pid"):
         pytest.fail("it went on")
     assert [each for each in tmp_path.iterdir() if each.is_file()] == []
+
+
+def test_a_second_process_does_not_take_over_what_one_that_runs_holds(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    program = (
+        "import sys; from backup.pidfile import PidFile\n"
+        f"with PidFile({str(path)!r}): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(SetupFailed, match=f"is held by process {first.pid}, which runs"):
+            PidFile(str(path)).__enter__()
+        assert path.read_text(encoding="ascii") == f"{first.pid}\n"
+        first.kill()
+        first.communicate()
+    with PidFile(str(path)):  # what a killed process has left is nobody's
+        assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
+    assert [*tmp_path.iterdir()] == [tmp_path / "TMPDIR"]

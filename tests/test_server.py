@@ -751,14 +751,16 @@ def fail_accept(monkeypatch: pytest.MonkeyPatch, codes: List[int]) -> None:
     monkeypatch.setattr(socket.socket, "accept", failing)
 
 
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+@pytest.mark.parametrize(
+    "code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EINVAL]
+)
 def test_a_system_that_lacks_something_lets_the_listener_rest(
     serve: ServerFactory, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     server = serve(Settings(accept_pause_seconds=0.01))
     fail_accept(monkeypatch, [code, code])
     assert ask(server.address, UPLOAD) == response(210, b"a")
-    expected = f"cannot accept: {os.strerror(code)}; again in 0.01 s"
+    expected = f"cannot accept: {os.strerror(code)}; trying again every 0.01 s"
     assert expected in server.lines
 
 

@@ -386,7 +386,7 @@ def test_out_of_descriptors_files_are_refused_and_clients_wait_and_all_goes_on(
             sock.sendall(request(11, RETRIEVE, b"a"))
         assert process.stderr is not None
         said: List[str] = []
-        while sum("cannot accept: Too many open files" in line for line in said) < 3:
+        while not any("cannot accept: Too many open files" in line for line in said):
             said.append(process.stderr.readline())
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
         found = response(212, b"a", file_payload(OLDER))
@@ -431,4 +431,5 @@ def test_a_listener_that_rests_neither_spins_nor_drops_anybody(
                 sock.sendall(request(31, LIST))
             assert [read_all(sock) for sock in socks] == [EMPTY_LIST] * len(socks)
     assert failures == 5, "one for each pause: more would be a loop that spins"
-    assert sum(line.startswith("cannot accept") for line in server.lines) == 5
+    # Nor is the log filled while that lasts.
+    assert sum(line.startswith("cannot accept") for line in server.lines) == 1
