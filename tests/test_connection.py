@@ -946,10 +946,10 @@ def test_a_fault_on_the_way_of_a_missed_deadline_is_this_connections_alone(house
     theirs.sendall(request(11, 100, NAME, b"", size=100))
     house.turn()
 
-    def slip(error: BackupError) -> Optional[Outgoing]:  # noqa: ARG001
+    def slip(error: BackupError) -> Optional[Outgoing]:
         raise TypeError("a slip of the pen")
 
-    endpoint.refuse = slip  # type: ignore[method-assign, assignment]
+    endpoint.refuse = slip  # type: ignore[method-assign]
     house.after(60)
     assert connection.phase is CLOSED
     assert isinstance(house.error(), InternalError)
