@@ -72,7 +72,11 @@ class Listing:
         self._changed[name] = there
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Lets go of the folder and of the names."""
+        self._stop_reading()
+        self._runs = []
+
+    def _stop_reading(self) -> None:
         self.reading = False
         self._entries.close()
 
@@ -84,12 +88,12 @@ class Listing:
             entries = list(islice(self._entries, self._slice))
             found = lawful(disk.regular(entries))
         except OSError as error:
-            self.close()
+            self._stop_reading()
             raise disk.failed("cannot list", self._path, error) from error
         if len(entries) == self._slice:
             self._names.update(found)
             return
-        self.close()
+        self._stop_reading()
         if not self._names and not self._changed:
             self._sort(found)
             return

@@ -286,7 +286,12 @@ class Session(Endpoint):
     def _encode(self, body: ListedBody) -> Union[Outgoing, Later]:
         """The answer, if all names have been encoded."""
         body.encode()
-        return self._answer(Status.FOUND, body.count, body) if body.whole else Later.STEP
+        if not body.whole:
+            return Later.STEP
+        if self._listing is not None:
+            self._listing.close()
+            self._listing = None
+        return self._answer(Status.FOUND, body.count, body)
 
     def _write(self, view: memoryview) -> Optional[Later]:
         assert isinstance(self.change, Upload)

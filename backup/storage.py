@@ -308,13 +308,14 @@ class Store:
             )
 
     def _count_all(self) -> None:
-        """Counts what every user holds. Raises ``OSError``."""
+        """Counts what every user holds, as far as it can be read. Raises ``OSError``."""
         with os.scandir(self._root) as entries:
             users = [
                 int(e.name) for e in entries if e.is_dir(follow_symlinks=False) and _is_user(e.name)
             ]
         for user_id in users:
-            with self._folder(user_id) as folder:
+            # What cannot be read is counted, or refused, when this user sends something.
+            with suppress(OSError), self._folder(user_id) as folder:
                 while not self._ledger.counted(user_id, folder.entries):
                     continue
 

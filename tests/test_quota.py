@@ -9,7 +9,7 @@ from typing import Dict, Iterator, List, Optional
 import pytest
 
 from backup import disk
-from backup.errors import AppendOnly, BackupError, QuotaExceeded
+from backup.errors import AppendOnly, BackupError, QuotaExceeded, StoreFailed
 from backup.quota import Ledger
 from backup.settings import Settings
 from backup.storage import Store
@@ -125,6 +125,26 @@ def test_all_users_hold_at_most_so_many_bytes(root: Path) -> None:
     assert store.commit([store.remove(OTHER, b"old 0")]) == [None]
     put(store, b"a", 30, 13)
     assert refused(store, b"b", 1)
+
+
+def test_a_folder_that_cannot_be_counted_keeps_nobody_else_from_being_served(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root, [30], OTHER)
+    (root / "13").mkdir()
+    open_folder = disk.open_folder
+
+    def failing(path: bytes) -> disk.Folder:
+        if path.endswith(b"/13"):
+            raise OSError(5, "Input/output error")
+        return open_folder(path)
+
+    monkeypatch.setattr(disk, "open_folder", failing)
+    store = Store(root, Settings(total_bytes=100))
+    put(store, b"a", 70)
+    assert refused(store, b"b", 1)
+    with pytest.raises(StoreFailed, match="input/output error"):
+        store.begin(13, b"a", 1)
 
 
 def test_so_many_bytes_stay_free(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
