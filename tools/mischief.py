@@ -120,7 +120,7 @@ def garbage(sock: socket.socket, rng: random.Random) -> Script:
     data = rng.choice(
         [
             rng.randbytes(rng.randrange(1, 4 * KIB)),
-            struct.pack("<BBH", 1, rng.randrange(256), rng.randrange(2**16)) + rng.randbytes(99),
+            struct.pack("<BBH", 1, rng.randrange(256), rng.randrange(99)) + rng.randbytes(99),
             struct.pack("<BBH", 1, Op.BACKUP, 12) + b"../../../etc" + rng.randbytes(40),
         ]
     )
