@@ -19,10 +19,8 @@ _MOST_CHARACTERS = 500  # of a line
 
 def describe(what: str, fault: BaseException) -> List[str]:
     """``what`` has gone wrong, and the traceback of ``fault``, line by line."""
-    try:
-        text = "".join(traceback.format_exception(type(fault), fault, fault.__traceback__))
-    except Exception:  # its own __str__, say, fails as well
-        text = "".join(traceback.format_tb(fault.__traceback__)) + type(fault).__name__
+    # A fault whose own __str__ fails is shown without it.
+    text = "".join(traceback.format_exception(type(fault), fault, fault.__traceback__))
     lines = text.rstrip("\n").split("\n")
     if len(lines) > _MOST_LINES:
         lines[:-_MOST_LINES] = ["…"]
