@@ -274,7 +274,7 @@ def serve(options: argparse.Namespace, _: Console) -> int:
                 return
             if signals == 1:
                 server.call(lambda: tell("STOPPING=1"))
-                server.call(_wake_no_more)
+            server.call(_wake_no_more)  # each time: one may come in the middle of the other
             server.stop()
             if signals == 2:
                 _exit_at_the_latest(in_seconds=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_it_is_found_again_from_another_folder(
     [
         ("none/pid", "no such file or directory"),
         ("folder", "is a directory"),
-        ("a\0b", "embedded null byte"),
+        ("a\0b", "(open: )?embedded null (byte|character in path)"),
     ],
 )
 def test_one_that_cannot_be_written_is_one_line_and_leaves_nothing(
@@ -82,9 +83,9 @@ def test_one_that_cannot_be_written_is_one_line_and_leaves_nothing(
     with pytest.raises(SetupFailed) as caught, PidFile(str(tmp_path / name)):
         pytest.fail("it went on")
     shown = name.replace("\0", "\\x00")
-    assert str(caught.value) == (
-        f"cannot write the pid file {tmp_path}/{shown}: {reason}; take another: --pid-file FILE"
-    )
+    file = re.escape(f"{tmp_path}/{shown}")
+    expected = f"cannot write the pid file {file}: {reason}; take another: --pid-file FILE"
+    assert re.fullmatch(expected, str(caught.value))
     assert sorted(tmp_path.iterdir()) == before
 
 
