@@ -183,7 +183,8 @@ class Session(Endpoint):
                     return Later.STEP
                 if self._bytes == self._request.size:
                     return Later.COMMIT
-                self.change.catch_up()
+                if self.change.behind:  # and not only waiting to be counted
+                    self.change.catch_up()
                 return None
             if isinstance(self._body, ListedBody):
                 return self._encode(self._body)

@@ -458,6 +458,25 @@ def test_a_server_counts_before_it_commits(
     assert ("a" in server.stored(USER)) == (cap == 503)
 
 
+def test_an_upload_that_waits_to_be_counted_is_synced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "store", [10] * 50)
+    synced: List[int] = []
+    catch_up = Upload.catch_up
+
+    def counted(upload: Upload) -> None:
+        synced.append(upload.written)
+        catch_up(upload)
+
+    monkeypatch.setattr(Upload, "catch_up", counted)
+    settings = Settings(user_bytes=1 << 30, listing_names=2, scratch_bytes=64)
+    with RunningServer(tmp_path / "store", settings) as server:
+        whole = request(USER, BACKUP, b"a", bytes(100_000))
+        assert ask(server.address, whole) == response(210, b"a")
+    assert not synced  # its commit does that
+
+
 def test_parallel_uploads_pass_no_quota_together(tmp_path: Path) -> None:
     with RunningServer(tmp_path / "store", Settings(user_bytes=100)) as server:
         names = [b"%d" % number for number in range(8)]
