@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -116,6 +117,29 @@ def test_every_byte_counts(ledger: Ledger) -> None:
         ledger.saw(ledger.read([KEY]), KEY, bytes(data), "a test")
         assert [finding.kind for finding in ledger.findings] == [Kind.CHANGED]
     assert str(ledger.findings[0]) == "user 7, 'name': a file is not what was acknowledged (a test)"
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (B.data(), f"seen: {B}; may be {A}"),
+        (A.data()[:40], f"seen: {A._replace(size=40)}; may be {A}"),
+        (A.data()[:40] + bytes(60), f"begin like {A}, like {A} up to byte 40; may be {A}"),
+    ],
+)
+def test_a_finding_tells_what_was_seen_and_what_had_happened(found: bytes, told: str) -> None:
+    clock = iter(range(100))
+    ledger = Ledger(lambda: next(clock))
+    changed(ledger, A, Fate.ACKNOWLEDGED)
+    ledger.happened("kill 1")
+    ledger.saw(ledger.read([KEY]), KEY, found, "a test")
+    (finding,) = ledger.findings
+    assert [when for when, _ in finding.history] == sorted(when for when, _ in finding.history)
+    asked, done, kill, began, seen = [text for _, text in finding.history]
+    assert asked == f"asked to be {A}"
+    assert done == f"the server said that it is done; may be {A}"
+    assert (kill, began) == ("kill 1", f"the look began; may be, until its end, {A}")
+    assert told in seen
 
 
 def test_a_name_counts_again_after_the_next_acknowledged_change(ledger: Ledger) -> None:
@@ -325,6 +349,15 @@ def number(text: str, title: str) -> int:
     """What a row of the table says."""
     (found,) = re.findall(rf"^{title} +(\d+)", text, re.MULTILINE)
     return int(found)
+
+
+def test_at_the_end_every_name_is_read_to_a_place_of_its_own(tmp_path: Path) -> None:
+    whole = soak.Soak(soak.options([]), tmp_path)
+    for user_id, name in itertools.product(range(20), "abcdefghij"):
+        whole.ledger.begin((user_id, name), A)
+    jobs = list(whole.everything())
+    whole.client.close()
+    assert len({job.path for job in jobs if isinstance(job, Retrieve)}) == len(jobs) == 200
 
 
 def test_a_short_run_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:

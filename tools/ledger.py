@@ -12,7 +12,7 @@ Rules:
   is possible, unless a change that was never answered may still be under way in a
   server that lives. ``server_died`` says that none is any more.
 - Whatever else is found is a ``Finding``, once; the name is then left alone until
-  the next acknowledged change.
+  the next acknowledged change. It tells what had happened to the name before.
 
 Nothing here knows a server or a disk: the soak tells it what it hears and finds.
 """
@@ -20,12 +20,29 @@ Nothing here knows a server or a disk: the soak tells it what it hears and finds
 from __future__ import annotations
 
 import random
+import time
+from collections import deque
 from enum import Enum
 from functools import lru_cache
-from typing import Collection, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import (
+    Callable,
+    Collection,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 Key = Tuple[int, str]
 """A user and a name."""
+
+_HISTORY = 24
+"""How many of the last events of a name a finding tells."""
 
 _POOL_BYTES = 1_000_003  # a prime, so that no two serial numbers begin at one place
 
@@ -51,8 +68,14 @@ class Content(NamedTuple):
             data += pool[: self.size - len(data)]
         return data[: self.size]
 
+    def __str__(self) -> str:
+        return f"{self.serial >> 32}.{self.serial & 0xFFFFFFFF} ({self.size} bytes)"
+
 
 State = Optional[Content]
+
+Event = Tuple[float, str]
+"""When, in seconds, and what."""
 
 
 class Fate(Enum):
@@ -75,11 +98,12 @@ class Kind(Enum):
 
 
 class Finding(NamedTuple):
-    """Something that must not be; ``where`` it was seen."""
+    """Something that must not be; ``where`` it was seen, and what had happened before."""
 
     kind: Kind
     key: Key
     where: str
+    history: Tuple[Event, ...] = ()
 
     def __str__(self) -> str:
         user_id, name = self.key
@@ -99,9 +123,10 @@ class Change:
 class Reading:
     """A look at some names: what was possible since it began."""
 
-    def __init__(self, possible: Dict[Key, Set[State]], life: int) -> None:
+    def __init__(self, possible: Dict[Key, Set[State]], life: int, began: float) -> None:
         self.possible = possible
         self.life = life
+        self.began = began  # seconds
         self.overlapped: Set[Key] = set()  # by a change
 
 
@@ -113,13 +138,16 @@ class _Entry:
         self.changing = False
         self.adrift = -1  # the life of the server that may still do what it never answered
         self.spoiled = False  # there is a finding about it
+        self.history: Deque[Event] = deque(maxlen=_HISTORY)
 
 
 class Ledger:
     """What is possible for each name, and what was found that is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.findings: List[Finding] = []
+        self._now = now
+        self._events: List[Event] = []  # that concern all names
         self._entries: Dict[int, Dict[str, _Entry]] = {}
         self._readings: Set[Reading] = set()
         self._life = 0
@@ -148,6 +176,10 @@ class Ledger:
         """Nothing that was asked for until now can still take effect."""
         self._life += 1
 
+    def happened(self, text: str) -> None:
+        """Something that may concern every name, for the history that findings tell."""
+        self._events.append((self._now(), text))
+
     def begin(self, key: Key, new: State) -> Change:
         """A change is about to be asked for."""
         entry = self._entries.setdefault(key[0], {}).setdefault(key[1], _Entry())
@@ -156,6 +188,7 @@ class Ledger:
         change = Change(key, new, set(entry.possible), self._life)
         entry.changing = True
         entry.possible.add(new)
+        entry.history.append((self._now(), f"asked to be {_show({new})}"))
         for reading in self._readings:
             if key in reading.possible:
                 reading.possible[key].add(new)
@@ -177,10 +210,12 @@ class Ledger:
             entry.possible = {None}
         elif fate is Fate.UNANSWERED:
             entry.adrift = change.life
+        text = f"{fate.value}; may be {_show(entry.possible)}"
+        entry.history.append((self._now(), text))
 
     def read(self, keys: Iterable[Key]) -> Reading:
         """These names are about to be looked at; hand it to ``end_reading``."""
-        reading = Reading({key: self.possible(key) for key in keys}, self._life)
+        reading = Reading({key: self.possible(key) for key in keys}, self._life, self._now())
         for user_id, name in reading.possible:
             entry = self._entry((user_id, name))
             if entry is not None and entry.changing:
@@ -206,9 +241,10 @@ class Ledger:
         if matches:
             self._narrow(reading, key, matches, where)
         elif found is None:
-            self._found(Kind.LOST, key, where)
+            self._found(Kind.LOST, key, where, reading)
         else:
-            self._found(Kind.UNDEAD if states == {None} else Kind.CHANGED, key, where)
+            kind = Kind.UNDEAD if states == {None} else Kind.CHANGED
+            self._found(kind, key, where, reading, _describe(found, states))
 
     def saw_name(self, reading: Reading, key: Key, there: bool, where: str) -> None:
         """The name was listed, or was not; nothing is known of its content."""
@@ -217,7 +253,7 @@ class Ledger:
         if matches:
             self._narrow(reading, key, matches, where)
         else:
-            self._found(Kind.UNDEAD if there else Kind.LOST, key, where)
+            self._found(Kind.UNDEAD if there else Kind.LOST, key, where, reading)
 
     def saw_stray(self, key: Key, where: str) -> None:
         """There is a name that was never to be changed."""
@@ -238,12 +274,46 @@ class Ledger:
             if entry.possible & matches:
                 entry.possible &= matches
             else:  # two looks saw two states, and nothing was asked for in between
-                self._found(Kind.LOST if matches == {None} else Kind.CHANGED, key, where)
+                kind = Kind.LOST if matches == {None} else Kind.CHANGED
+                self._found(kind, key, where, reading, _show(matches))
 
-    def _found(self, kind: Kind, key: Key, where: str) -> None:
+    def _found(
+        self,
+        kind: Kind,
+        key: Key,
+        where: str,
+        reading: Optional[Reading] = None,
+        seen: str = "nothing",
+    ) -> None:
         entry = self._entry(key)
         if entry is None:
             entry = self._entries.setdefault(key[0], {})[key[1]] = _Entry()
         if not entry.spoiled:
             entry.spoiled = True
-            self.findings.append(Finding(kind, key, where))
+            last = f"seen: {seen}; may be {_show(entry.possible)}"
+            events = [*entry.history, (self._now(), last)]
+            if reading is not None:
+                possible = _show(reading.possible.get(key, {None}))
+                events.append((reading.began, f"the look began; may be, until its end, {possible}"))
+            events += (event for event in self._events if event[0] >= events[0][0])
+            self.findings.append(Finding(kind, key, where, tuple(sorted(events))))
+
+
+def _show(states: Set[State]) -> str:
+    return " or ".join(sorted("nothing" if state is None else str(state) for state in states))
+
+
+def _describe(found: bytes, states: Set[State]) -> str:
+    """What was found, held against what could have been."""
+    told = Content(int.from_bytes(found[:8], "little"), len(found))
+    if found == told.data():
+        return str(told)  # another file, or a version of this one, or its beginning
+    parts = [f"{len(found)} bytes that begin like {told}"]
+    for state in states - {None}:
+        assert state is not None
+        wanted = state.data()
+        same = next((i for i, (a, b) in enumerate(zip(found, wanted)) if a != b), None)
+        if same is None:
+            same = min(len(found), len(wanted))
+        parts.append(f"like {state} up to byte {same}")
+    return ", ".join(parts)

@@ -332,6 +332,7 @@ class Soak:
         self._epoch += 1
         self._last_fault = fault.name
         self.injected[fault.name] += 1
+        self.ledger.happened(f"fault: {fault.name}")
         if fault.begin(self.lives):
             self._fault = fault
         else:
@@ -342,12 +343,14 @@ class Soak:
             fault, self._fault = self._fault, None
             fault.end(self.lives)
             self._epoch += 1
+            self.ledger.happened(f"fault over: {fault.name}")
 
     def _kill(self) -> None:
         """SIGKILL, a look at the disk, and the next life. Raises ``Died``."""
         self.lives.kill()
         self.kills += 1
         self.ledger.server_died()
+        self.ledger.happened(f"kill {self.kills}")
         self._end_fault()
         left = self._temporary()
         self._look_at_disk(f"on the disk, after kill {self.kills}")
@@ -399,7 +402,7 @@ class Soak:
                     raise outcome.error
                 self._saw_listing(reading, user_id, outcome.names)
             self.ledger.end_reading(reading)
-        for outcome in self.client.run(self._everything()):
+        for outcome in self.client.run(self.everything()):
             assert outcome.job.user_id is not None
             reading = self.ledger.read([(outcome.job.user_id, outcome.job.name)])
             if outcome.error is not None and not isinstance(outcome.error, NotFound):
@@ -414,9 +417,10 @@ class Soak:
         if self.lives.tracebacks:
             self._fail(f"tracebacks in the server's log: {self.lives.tracebacks}")
 
-    def _everything(self) -> Iterator[Job]:
+    def everything(self) -> Iterator[Job]:
+        """A RETRIEVE of each name, to a place of its own: any number may overtake a large one."""
         for number, (user_id, name) in enumerate(list(self.ledger)):
-            yield Retrieve(name, self.work / f"last-{number % 64}", True, user_id)
+            yield Retrieve(name, self.work / f"last-{number}", True, user_id)
 
     # What it says.
 
@@ -461,6 +465,8 @@ class Soak:
             yield f"{title:33}{value}"
         for finding in self.ledger.findings[:20]:
             yield f"FOUND  {finding}"
+            for when, text in finding.history:
+                yield f"       {when - self._began:9.3f} s  {text}"
         for text, count in self.failures.most_common(20):
             yield f"FAILED {count} × {text}"
         yield "all good" if self.good else "something FAILED"
