@@ -1,7 +1,8 @@
 """The command line: what can be typed, what is printed, how it exits.
 
-Rules: nothing else in the package prints or exits. Whatever a user can cause
-ends in one line that says what, where and what to do, and in one of the exit
+Rules: nothing else in the package prints; nothing else exits, but for a server
+that a second signal has to end (``signals``). Whatever a user can cause ends in
+one line that says what, where and what to do, and in one of the exit
 codes below; a traceback is a fault of this program.
 """
 
@@ -9,34 +10,26 @@ from __future__ import annotations
 
 import argparse
 import io
-import logging
 import os
 import re
 import signal
-import socket
 import sys
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any, Callable, Iterator, List, NoReturn, Optional, Sequence, TextIO, Union
+from contextlib import suppress
+from typing import Any, Callable, NoReturn, Optional, Sequence, TextIO
 
-from . import __version__, config, systemd
-from .address import Address
+from . import __version__, config
 from .client import Client
 from .commands import delete, get, list_names, put
 from .console import Console
-from .errors import BackupError, ConfigError, OutputFailed, SetupFailed, Unreachable
+from .errors import FAILED, BackupError, OutputFailed, Unreachable
 from .fault import describe
-from .log import FORMATS, Log, Sink, to_stream
+from .log import FORMATS
 from .names import show
-from .output import LogFile, Output
-from .pidfile import PidFile
 from .sequence import steps
-from .server import Server, raise_descriptor_limit
-from .settings import Settings
+from .serve import serve
+from .signals import INTERRUPTED, Interrupt, on_signals, present
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-
-_ENDING = ("SIGINT", "SIGTERM")  # the signals that end a program
+USAGE = 2
 
 EXIT_CODES = """exit codes:
   0    all done
@@ -98,7 +91,9 @@ def parser() -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    _serve_options(command("serve", serve, "run the server in the foreground"))
+    _serve_options(
+        command("serve", lambda options, _: serve(options), "run the server in the foreground")
+    )
     _client_options(command("client", client, "run the seven-step sequence against a server"))
 
     sub = command("put", put, "back files up under their base names")
@@ -238,114 +233,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def serve(options: argparse.Namespace, _: Console) -> int:
-    """Runs the server until SIGINT or SIGTERM."""
-    signals = 0
-    fault: Optional[Exception] = None
-    with ExitStack() as stack:
-        stack.enter_context(_umask(0o077))
-        address = _where_to_listen(options)
-        sink = _log_sink(options, stack)
-        level = logging.DEBUG if options.verbose else logging.INFO
-        log = Log(sink, logging.WARNING if options.quiet else level)
-        raise_descriptor_limit()
-        settings = _settings(options)
-        root = config.store_root(options.root, os.environ)
-        server = stack.enter_context(
-            Server(root, address, settings, log, allow_anonymous=options.allow_anonymous)
-        )
-
-        def tell(state: str) -> None:
-            try:
-                systemd.notify(os.environ, state)
-            except SetupFailed as error:
-                log.add(logging.WARNING, str(error))
-
-        def reopen(file: LogFile) -> None:
-            try:
-                file.reopen()
-            except SetupFailed as error:
-                log.add(logging.WARNING, f"{error}; this goes on in the old one")
-
-        def stop(*_: object) -> None:
-            nonlocal signals
-            signals += 1
-            if signals > 2:  # all is done that can be; a burst must not put the end off
-                return
-            if signals == 1:
-                server.call(lambda: tell("STOPPING=1"))
-            server.call(_wake_no_more)  # each time: one may come in the middle of the other
-            server.stop()
-            if signals == 2:
-                _exit_at_the_latest(in_seconds=1)
-
-        stack.enter_context(_on_signals(stop))
-        hang_up: Callable[..., None] = stop  # of the terminal
-        if isinstance(sink, LogFile):
-            again = partial(server.call, partial(reopen, sink))
-            hang_up = lambda *_: again()  # noqa: E731
-        stack.enter_context(_on_signals(hang_up, "SIGHUP"))
-        stack.enter_context(_on_signals(lambda *_: server.report(), "SIGUSR1"))
-        stack.enter_context(_waking(server.wake_fd))
-        if options.pid_file:
-            stack.enter_context(PidFile(options.pid_file))
-        # From its first line on, a signal drains it.
-        if options.quiet:  # with port 0, this line alone tells which one it took
-            log.answer(server.greeting)
-        tell("READY=1")
-        try:
-            server.serve_forever()
-        except Exception as error:  # everything of the server's is closed by now
-            fault = error
-            for line in describe("a fault of this program ends the server", error):
-                log.add(logging.CRITICAL, line)
-            log.flush()
-    _exit_at_the_latest(in_seconds=0)
-    if fault is not None:
-        return FAILED
-    return 0 if signals < 2 else INTERRUPTED
-
-
-def _where_to_listen(options: argparse.Namespace) -> Union[Address, socket.socket]:
-    """The socket that a service manager has handed over, or an address."""
-    inherited = systemd.inherited_socket(os.environ)
-    if inherited is None:
-        return config.listen_address(options.listen, options.server_info)
-    if options.listen:
-        inherited.close()
-        raise ConfigError("LISTEN_FDS hands over a socket to listen on; leave out --listen")
-    return inherited
-
-
-def _log_sink(options: argparse.Namespace, stack: ExitStack) -> Sink:
-    """What writes the log, until ``stack`` is done."""
-    form = FORMATS[options.log_format]
-    if options.log_file:
-        sink: Output = LogFile(options.log_file, form)
-    else:
-        try:
-            fd, encoding = sys.stderr.fileno(), sys.stderr.encoding
-        except (OSError, ValueError):  # it is not a file of the system's, or closed
-            return to_stream(sys.stderr, form)
-        sink = Output(fd, form, encoding)
-    stack.callback(sink.close)
-    return sink
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
-        fsync=not options.no_fsync,
-        max_connections=options.max_connections,
-        max_connections_per_address=options.max_connections_per_address,
-        max_file_bytes=options.max_file_size,
-        user_bytes=options.user_quota,
-        user_files=options.user_files,
-        total_bytes=options.total_quota,
-        min_free_bytes=options.min_free,
-        append_only=options.append_only,
-    )
-
-
 def client(options: argparse.Namespace, console: Console) -> int:
     """Runs the sequence."""
     address = config.read_server_info(options.server_info)
@@ -370,96 +257,14 @@ def client(options: argparse.Namespace, console: Console) -> int:
     return 0 if good else FAILED
 
 
-def _exit_at_the_latest(in_seconds: int) -> None:
-    """Ends this process then, even if a disk or a pipe that nobody reads holds it up; 0: never."""
-    if hasattr(signal, "alarm"):
-        exit_now = (lambda *_: os._exit(INTERRUPTED)) if in_seconds else signal.SIG_DFL
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, exit_now)
-        signal.alarm(in_seconds)
-
-
-@contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    """Files that are made meanwhile have the modes they were given, less this."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-@contextmanager
-def _on_signals(handler: Callable[..., None], *names: str) -> Iterator[None]:
-    """These signals call ``handler`` meanwhile; by default those that end a program."""
-    before = [(number, signal.signal(number, handler)) for number in _numbers(*names)]
-    try:
-        yield
-    finally:
-        for number, previous in before:
-            signal.signal(number, previous)
-
-
-@contextmanager
-def _waking(fd: int) -> Iterator[None]:
-    """A signal writes to ``fd`` meanwhile: on some systems it would not end the waiting alone."""
-    before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-
-
-def _wake_no_more() -> None:
-    """Before a server closes the descriptor: Python complains of each signal that comes later."""
-    signal.set_wakeup_fd(-1)
-
-
-def _numbers(*names: str) -> List[int]:
-    """The signals of these names, as far as this system has them; by default the ending ones."""
-    return [getattr(signal, name) for name in names or _ENDING if hasattr(signal, name)]
-
-
-class _Interrupt:
-    """The handler of the signals that end a command: the first one that counts interrupts it.
-
-    Later ones change nothing, so that an impatient second one does not cut the tidying up short.
-    They are told by a flag: a handler that is replaced while its signal is pending makes Python
-    print a traceback.
-    """
-
-    def __init__(self) -> None:
-        self._waited_for = False
-        self._came = False
-
-    def __call__(self, *_: object) -> None:
-        self._came = True
-        self._look()
-
-    def wait(self) -> None:
-        """From now on a signal, or one that has come before, raises ``KeyboardInterrupt``."""
-        self._waited_for = True
-        if self._came:
-            self._look()
-
-    def ignore(self) -> None:
-        """From now on no signal does anything."""
-        self._waited_for = False
-
-    def _look(self) -> None:
-        if self._waited_for:
-            self._waited_for = False
-            raise KeyboardInterrupt
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command line, by default this process's; its exit code."""
-    interrupt = _Interrupt()
-    with _on_signals(interrupt):  # until the last word is said
+    interrupt = Interrupt()
+    with on_signals(interrupt):  # until the last word is said
         return _main(arguments, interrupt)
 
 
-def _main(arguments: Optional[Sequence[str]], interrupt: _Interrupt) -> int:
+def _main(arguments: Optional[Sequence[str]], interrupt: Interrupt) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that the terminal's encoding lacks is shown escaped rather than not at all.
@@ -520,12 +325,12 @@ def run() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the process was started without it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    interrupt = _Interrupt()
-    for number in _numbers():  # for good: once the exit code is known, it is too late for one
+    interrupt = Interrupt()
+    for number in present():  # for good: once the exit code is known, it is too late for one
         signal.signal(number, interrupt)
     code = _main(None, interrupt)
     if hasattr(signal, "pthread_sigmask"):  # Python gives its handlers up before the process ends
-        signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+        signal.pthread_sigmask(signal.SIG_BLOCK, present())
     try:
         sys.stderr.flush()
     except OSError:

@@ -18,12 +18,12 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 from . import config
 from .client import Client
 from .console import Console, Meter
-from .errors import BackupError, ConfigError, NotDeleted, NotFound, Refused, Unreachable
+from .errors import FAILED, BackupError, ConfigError, NotDeleted, NotFound, Refused, Unreachable
 from .exchange import Backup, Delete, Job, Listing, Outcome, Retrieve, subject
 from .names import of_path, show
 from .sequence import format_size
 
-ALL_DONE, FAILED, PARTLY_DONE = 0, 1, 3
+ALL_DONE, PARTLY_DONE = 0, 3
 
 
 def put(options: argparse.Namespace, console: Console) -> int:

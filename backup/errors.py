@@ -39,6 +39,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+FAILED = 1
+"""The exit code of whatever has no other."""
+
 
 class BackupError(Exception):
     """The root of the tree; catch it to catch everything the package raises.
@@ -49,7 +52,7 @@ class BackupError(Exception):
 
     status: ClassVar[int] = 1001
     reason: ClassVar[str] = "failed"
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = FAILED
 
     def __init__(self, text: str, subject: str = "") -> None:
         super().__init__(text)

@@ -17,6 +17,7 @@ import pytest
 
 from backup.settings import Settings
 from tests.helpers import RunningServer
+from tests.user import User
 
 ServerFactory = Callable[..., RunningServer]
 
@@ -92,3 +93,19 @@ def serve(tmp_path: Path) -> Iterator[ServerFactory]:
 def server(serve: ServerFactory) -> RunningServer:
     """One server with the default settings."""
     return serve()
+
+
+@pytest.fixture
+def user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> User:
+    folder = tmp_path / "user"
+    folder.mkdir()
+    return User(folder, monkeypatch, capsys)
+
+
+@pytest.fixture
+def served(server: RunningServer, user: User) -> RunningServer:
+    """A server that the user's commands find by themselves."""
+    user.set_variable("BACKUP_SERVER", f"127.0.0.1:{server.address[1]}")
+    return server

@@ -9,7 +9,7 @@ import struct
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 from backup.log import Line, Log
@@ -212,3 +212,19 @@ class RunningServer:
         with self._changed:
             self._lines.extend(line.text for line in lines)
             self._changed.notify_all()
+
+
+@contextmanager
+def watchdog() -> Iterator[None]:
+    """Fails a test that hangs in a loop of its own."""
+
+    def bark(_number: int, _frame: Optional[FrameType]) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(int(WAIT_SECONDS))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -11,13 +11,11 @@ import itertools
 import os
 import selectors
 import shutil
-import signal
 import socket
 import struct
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import pytest
@@ -42,7 +40,7 @@ from backup.errors import (
 from backup.exchange import Backup, Delete, Job, Listing, Outcome, Retrieve, RetrieveExchange
 from backup.settings import Settings
 from tests.conftest import ServerFactory
-from tests.helpers import WAIT_SECONDS, RunningServer, file_payload, reset, response
+from tests.helpers import WAIT_SECONDS, RunningServer, file_payload, reset, response, watchdog
 
 USER = 11
 MIB = 1 << 20
@@ -219,22 +217,6 @@ def client(server: RunningServer) -> Iterator[Client]:
     """A client of the real server."""
     with Client(server.address, USER) as client:
         yield client
-
-
-@contextmanager
-def watchdog() -> Iterator[None]:
-    """Fails a test that hangs in a loop of its own."""
-
-    def bark(_number: int, _frame: Optional[FrameType]) -> None:
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, bark)
-    signal.alarm(int(WAIT_SECONDS))
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Type
+from typing import Dict, List, Sequence, Type
 
 import pytest
 
@@ -16,77 +15,12 @@ from backup.client import Client
 from backup.commands import _explained, exit_code
 from backup.errors import BackupError, LocalFileError, NotDeleted, NotFound, Refused, Unreachable
 from backup.exchange import Delete, Outcome
-from tests.helpers import RunningServer, response, stdin
+from tests.helpers import RunningServer, response
 from tests.test_client import Scripted, answering, resetting, sparse, unused_address
 from tests.test_console import Terminal, on_screen
+from tests.user import USER, User, errors
 
-USER = 11
 MIB = 1 << 20
-
-
-class Said(NamedTuple):
-    """What a command printed, and its exit code."""
-
-    out: str
-    err: str
-    code: int
-
-    @property
-    def objects(self) -> List[Dict[str, object]]:
-        """What ``--json`` printed."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-class User:
-    """Somebody at a prompt, in a folder that has the files a.txt and b.txt."""
-
-    def __init__(
-        self,
-        folder: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        self.folder = folder
-        self.set_variable = monkeypatch.setenv
-        self._capsys = capsys
-        (folder / "a.txt").write_bytes(b"content of a")
-        (folder / "b.txt").write_bytes(b"content of b too")
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("BACKUP_USER_ID", str(USER))
-
-    def types(self, *arguments: str) -> Said:
-        code = main(arguments)
-        return Said(*self._capsys.readouterr(), code)
-
-    def pipes(self, data: Optional[bytes], *arguments: str) -> Said:
-        """Types it with these bytes on stdin, or with stdin closed."""
-        with stdin(data):
-            return self.types(*arguments)
-
-    def content(self) -> Dict[str, bytes]:
-        """Every file in the folder."""
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> User:
-    folder = tmp_path / "user"
-    folder.mkdir()
-    return User(folder, monkeypatch, capsys)
-
-
-@pytest.fixture
-def served(server: RunningServer, user: User) -> RunningServer:
-    """A server that the user's commands find by themselves."""
-    user.set_variable("BACKUP_SERVER", f"127.0.0.1:{server.address[1]}")
-    return server
-
-
-def errors(*texts: str) -> str:
-    """These failures on stderr."""
-    return "".join(f"backup: {text}\n" for text in texts)
 
 
 # -- put ----------------------------------------------------------------------
