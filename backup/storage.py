@@ -26,19 +26,17 @@ import shutil
 import stat
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Union
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 from . import disk
 from .errors import AppendOnly, BackupError, InternalError, NotFound, StoreFailed
+from .folders import CommitFolders, Folders
 from .listing import Listing
 from .names import decode, escape
 from .quota import Ledger, Reservation
 from .reclaim import Reclaim
 from .settings import Settings
 from .upload import Pace, Upload
-
-TEMPORARY = b".tmp"
-ROOT = -1  # where a user id stands for a folder: the root itself, which is nobody's
 
 # What open(2) says of a name that no file can have here, or that is a link, a socket or a device.
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EILSEQ}
@@ -100,8 +98,8 @@ class Store:
         others than its owner may write to it.
         """
         self._root = os.fsencode(os.path.abspath(root))
-        self._temporary = os.path.join(self._root, TEMPORARY)
-        self._users = os.path.join(self._root, b"")
+        self._folders = Folders(self._root, settings.fsync, at_turn_end)
+        self._temporary = self._folders.temporary
         self._settings = settings
         # Names of this store's temporary files: random once, then counted.
         self._prefix = os.urandom(8).hex().encode()
@@ -112,13 +110,8 @@ class Store:
         self._reclaim = Reclaim(settings.reclaim_bytes)
         self._let_go = None if at_turn_end is None else self._reclaim.add
         self._listings: List[Listing] = []  # that are being read
-        self._new_users: Set[int] = set()  # whose folders a power cut could still take
-        self._at_turn_end = at_turn_end
-        self._read_user = -1  # whose folder is open to be read, and that
-        self._read_folder: Optional[disk.Folder] = None
         try:
-            # Only here: a root that vanishes later may be a disk that is not mounted, and what
-            # is written beneath its mount point would be lost to sight when it comes back.
+            # Only here: see ``folders``.
             disk.make_folder(self._root, settings.fsync)
             self._refuse_shared_root()
             disk.make_folder(self._temporary, settings.fsync)
@@ -166,12 +159,12 @@ class Store:
             return True
         user_id = upload.user_id
         try:
-            if not self._ledger.counted(user_id, lambda: self._folder_to_read(user_id).entries()):
+            if not self._ledger.counted(user_id, lambda: self._folders.to_read(user_id).entries()):
                 return False
         except OSError as error:
-            raise disk.failed("cannot count", self._user_path(user_id), error) from error
+            raise disk.failed("cannot count", self._folders.path(user_id), error) from error
         finally:
-            self._read_no_longer()
+            self._folders.read_no_longer()
         self._ledger.grant(upload.reservation)
         return True
 
@@ -220,10 +213,10 @@ class Store:
         # A step waits for the disk about as long for all files as for one.
         each(_start_write_back)
         each(_settle)
-        with _Folders(self._folder) as folders:
+        with self._folders.for_commit() as folders:
             each(partial(self._apply, folders))
             if self._settings.fsync:
-                each(partial(self._make_durable, folders))
+                each(lambda change: folders.sync(change.user_id))
         for place, failure in enumerate(failures):
             finish = _close if failure is None else _abort
             failures[place] = self._attempt(finish, changes[place]) or failure
@@ -247,14 +240,14 @@ class Store:
         """The stored file, open. Raises ``InvalidName``, ``NotFound`` or ``StoreFailed``."""
         decode(name)
         try:
-            fd = _open_file(self._folder_to_read(user_id), name)
+            fd = _open_file(self._folders.to_read(user_id), name)
             found = disk.status(fd)
         except FileNotFoundError:
             raise _not_found(user_id, name) from None
         except OSError as error:
-            raise disk.failed("cannot read", self._user_path(user_id), error) from error
+            raise disk.failed("cannot read", self._folders.path(user_id), error) from error
         finally:
-            self._read_no_longer()
+            self._folders.read_no_longer()
         if not stat.S_ISREG(found.st_mode):
             disk.close(fd)
             raise _not_found(user_id, name)
@@ -262,9 +255,9 @@ class Store:
 
     def list(self, user_id: int) -> Listing:
         """The user's names, of which a first slice is read. Raises ``StoreFailed``."""
-        path = self._user_path(user_id)
+        path = self._folders.path(user_id)
         try:
-            entries = self._folder_to_read(user_id).entries()
+            entries = self._folders.to_read(user_id).entries()
             listing = Listing(user_id, path, entries, self._settings.listing_names)
             listing.step()
         except FileNotFoundError:
@@ -272,11 +265,11 @@ class Store:
         except OSError as error:
             raise disk.failed("cannot list", path, error) from error
         finally:
-            self._read_no_longer()
+            self._folders.read_no_longer()
         if listing.reading:
             # What reads on has its own descriptor, but its place in the folder belongs to all that
             # were made of one: another listing from this folder would begin where this one is.
-            self._close_read_folder()
+            self._folders.close()
             self._listings.append(listing)
         return listing
 
@@ -309,13 +302,9 @@ class Store:
 
     def _count_all(self) -> None:
         """Counts what every user holds, as far as it can be read. Raises ``OSError``."""
-        with os.scandir(self._root) as entries:
-            users = [
-                int(e.name) for e in entries if e.is_dir(follow_symlinks=False) and _is_user(e.name)
-            ]
-        for user_id in users:
+        for user_id in self._folders.users():
             # What cannot be read is counted, or refused, when this user sends something.
-            with suppress(OSError), self._folder(user_id) as folder:
+            with suppress(OSError), self._folders.open(user_id) as folder:
                 while not self._ledger.counted(user_id, folder.entries):
                     continue
 
@@ -329,12 +318,12 @@ class Store:
             error.__traceback__ = error.__cause__ = error.__context__ = None
             return error
         except OSError as error:
-            return disk.failed("cannot change", self._user_path(change.user_id), error)
+            return disk.failed("cannot change", self._folders.path(change.user_id), error)
         except Exception as fault:  # the others of the batch are to be answered all the same
             return InternalError(fault)
         return None
 
-    def _apply(self, folders: _Folders, change: Change) -> None:
+    def _apply(self, folders: CommitFolders, change: Change) -> None:
         """Gives the file its name, or takes it away."""
         there = isinstance(change, Upload)
         if isinstance(change, Upload):
@@ -364,7 +353,7 @@ class Store:
             folder.take(upload.path, upload.name)
         self._ledger.stored(upload.user_id, upload.name, upload.written, size)
 
-    def _remove(self, folders: _Folders, removal: Removal) -> None:
+    def _remove(self, folders: CommitFolders, removal: Removal) -> None:
         try:
             folder = folders.get(removal.user_id)
             found = folder.status(removal.name)
@@ -383,7 +372,7 @@ class Store:
         """A large file outlives the loss of its name in here, and is reclaimed step by step."""
         fd = -1
         large = found is not None and found.st_size > self._reclaim.piece_bytes
-        if large and self._at_turn_end is not None:
+        if large and self._let_go is not None:
             with suppress(OSError):  # out of descriptors, or not ours to write: freed at once
                 fd = folder.open(name, os.O_RDWR)
         try:
@@ -392,66 +381,22 @@ class Store:
             if fd >= 0:
                 self._reclaim.add(fd)
 
-    def _make_durable(self, folders: _Folders, change: Change) -> None:
-        """Makes the change's folder durable, and the root if the folder is new in it."""
-        folders.sync(change.user_id)
-        if change.user_id in self._new_users:
-            folders.sync_once(ROOT, lambda: disk.sync_folder(self._root))
-            self._new_users.discard(change.user_id)
-
-    def _user_path(self, user_id: int) -> bytes:
-        return b"%s%d" % (self._users, user_id)
-
-    def _folder(self, user_id: int, create: bool = False) -> disk.Folder:
-        path = self._user_path(user_id)
-        try:
-            return disk.open_folder(path)
-        except FileNotFoundError:
-            if not os.path.isdir(self._temporary):  # not this user is missing, but the whole root
-                raise NotADirectoryError(errno.ENOTDIR, "the store is not there") from None
-            if not create:  # or the root was away, and has just come back
-                return disk.open_folder(path)
-        with suppress(FileExistsError):  # another server of this root may have made it first
-            disk.make_private(path)
-        if self._settings.fsync:
-            self._new_users.add(user_id)
-        return disk.open_folder(path)
-
-    def _folder_to_read(self, user_id: int) -> disk.Folder:
-        """The user's folder; for many requests of a user in one turn, opened once."""
-        if self._read_folder is None or self._read_user != user_id:
-            self._close_read_folder()
-            self._read_folder, self._read_user = self._folder(user_id), user_id
-            if self._at_turn_end is not None:
-                self._at_turn_end(self._close_read_folder)
-        return self._read_folder
-
-    def _read_no_longer(self) -> None:
-        """Without a turn whose other requests might want it, the folder is closed at once."""
-        if self._at_turn_end is None:
-            self._close_read_folder()
-
     def _size(self, user_id: int, name: bytes) -> Optional[int]:
         """Bytes of the file that has this name now; None if there is none. Raises ``OSError``."""
         try:
-            found = self._folder_to_read(user_id).status(name)
+            found = self._folders.to_read(user_id).status(name)
         except FileNotFoundError:
             self._ledger.knows_nothing_is_there(user_id)
             return None
         finally:
-            self._read_no_longer()
+            self._folders.read_no_longer()
         return None if found is None else found.st_size
 
     def close(self) -> None:
         """Lets go of what is still open for other turns."""
         self._ledger.close()
-        self._close_read_folder()
+        self._folders.close()
         self._reclaim.close()
-
-    def _close_read_folder(self) -> None:
-        if self._read_folder is not None:
-            self._read_folder.close()
-            self._read_folder = None
 
     def _new_upload(self, user_id: int, name: bytes, size: int = 0) -> Upload:
         """An upload with a new file in the temporary folder, claimed."""
@@ -466,47 +411,6 @@ class Store:
                 upload.abort()
                 raise
             upload.abort()  # another start swept it between the two calls: a new one
-
-
-class _Folders:
-    """The users' folders that one commit works in, each opened once and made durable once."""
-
-    def __init__(self, find: Callable[[int, bool], disk.Folder]) -> None:
-        self._find = find
-        self._open: Dict[int, disk.Folder] = {}
-        self._synced: Dict[int, Optional[Exception]] = {}  # and how it ended
-
-    def __enter__(self) -> _Folders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for folder in self._open.values():
-            folder.close()
-
-    def get(self, user_id: int, create: bool = False) -> disk.Folder:
-        """The user's folder. Raises ``OSError``."""
-        if user_id not in self._open:
-            self._open[user_id] = self._find(user_id, create)
-        return self._open[user_id]
-
-    def sync(self, user_id: int) -> None:
-        """Makes durable what was done in the user's folder. Raises ``OSError``."""
-        self.sync_once(user_id, self._open[user_id].sync)
-
-    def sync_once(self, key: int, sync: Callable[[], None]) -> None:
-        """Syncs at the first call for this key, and ends all further ones as that has ended.
-
-        A second fsync(2) after one that failed may succeed without having written anything.
-        """
-        if key not in self._synced:
-            self._synced[key] = None
-            try:
-                sync()
-            except Exception as error:
-                self._synced[key] = error
-        failure = self._synced[key]
-        if failure is not None:
-            raise failure
 
 
 def _start_write_back(change: Change) -> None:
@@ -536,10 +440,6 @@ def _open_file(folder: disk.Folder, name: bytes) -> int:
         if error.errno in _NO_FILE:
             raise FileNotFoundError(error.errno, error.strerror) from None
         raise
-
-
-def _is_user(name: bytes) -> bool:
-    return name.isdigit() and (name == b"0" or not name.startswith(b"0"))
 
 
 def _append_only(name: bytes) -> AppendOnly:
