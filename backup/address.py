@@ -46,7 +46,8 @@ def parse(text: str) -> Address:
         host = host[1:-1]
     elif ":" in host:
         colon = ""
-    named = host and colon and escape(host.encode("utf-8", "replace")) == host
+    # The resolver makes of * what it likes; every address is 0.0.0.0 or [::].
+    named = host and host != "*" and colon and escape(host.encode("utf-8", "replace")) == host
     if not named or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
         raise ConfigError(f"'{show(text)}' is not an address; {EXPECTED}")
     return host, int(port)

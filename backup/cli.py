@@ -222,7 +222,7 @@ def _size(text: str) -> int:
     found = re.fullmatch("0*([1-9][0-9]{0,14})([KMGT]?)", text)
     if not found:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size from 1 on; bytes, or a unit behind it: 500M, 2G (K, M, G, T)"
+            f"{text!r} is not a size from 1 on; whole bytes, or a capital K, M, G or T behind: 500M"
         )
     return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
 

@@ -87,9 +87,11 @@ def check_folder(path: str) -> None:
 
 def server_address(option: Optional[str], environ: Mapping[str, str]) -> Address:
     """The server to talk to: the option, ``BACKUP_SERVER``, or ``server.info`` here."""
-    for source, text in (("--server", option), ("BACKUP_SERVER", environ.get("BACKUP_SERVER"))):
-        if text:
-            return _named(source, text)
+    if option is not None:
+        return _named("--server", option)
+    variable = environ.get("BACKUP_SERVER")
+    if variable:
+        return _named("BACKUP_SERVER", variable)
     if not os.path.exists(SERVER_INFO):
         raise ConfigError(
             "no server given: use --server HOST:PORT, set BACKUP_SERVER"
@@ -100,11 +102,16 @@ def server_address(option: Optional[str], environ: Mapping[str, str]) -> Address
 
 def listen_address(option: Optional[str], server_info: str) -> Address:
     """The address to listen on: the option, or the info file."""
-    return _named("--listen", option) if option else read_server_info(server_info)
+    return read_server_info(server_info) if option is None else _named("--listen", option)
 
 
 def store_root(option: Optional[str], environ: Mapping[str, str]) -> str:
-    """The store's root: the option, ``BACKUP_BASE_DIR``, or ``backupsvr`` here."""
+    """The store's root: the option, ``BACKUP_BASE_DIR``, or ``backupsvr`` here.
+
+    Raises ``ConfigError`` for an option that is empty.
+    """
+    if option == "":
+        raise ConfigError("--root is empty; name a folder")
     return option or environ.get("BACKUP_BASE_DIR") or DEFAULT_ROOT
 
 

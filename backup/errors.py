@@ -172,9 +172,13 @@ class TooLarge(Refused):
 
 
 class QuotaExceeded(Refused):
-    """One of the caps on what may be held does not allow it."""
+    """One of the caps on what may be held does not allow it; ``cap`` is that option's word."""
 
     reason = "quota"
+
+    def __init__(self, text: str, cap: str = "") -> None:
+        super().__init__(text)
+        self.cap = cap
 
 
 class AppendOnly(Refused):

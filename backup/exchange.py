@@ -186,7 +186,9 @@ class BackupExchange(Exchange):
         return Outgoing(encode_request(request), source)
 
     def refusal(self) -> str:
-        return super().refusal() if self.bytes else "the server refuses an empty file"
+        if not self.bytes:
+            return "the server refuses an empty file"
+        return "the server did not store it (a cap, append-only, or its disk); its log says why"
 
     def _check(self, response: Response) -> None:
         super()._check(response)

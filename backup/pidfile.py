@@ -2,17 +2,21 @@
 
 Rules: it is there as a whole or not at all, and only while the server runs, who
 holds it locked (flock(2)) so that no second one takes it over. At the end it is
-removed, if it is still the one that was written.
+removed, if it is still the one that was written. A file that holds anything else
+than a process id is not ours to replace.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 
 from . import disk
 from .errors import SetupFailed
 from .names import show
+
+_CONTENT = re.compile(rb"\s*[0-9]{0,20}\s*")
 
 
 class PidFile:
@@ -27,7 +31,7 @@ class PidFile:
         """Writes it, over one that a process has left that is no more. Raises ``SetupFailed``."""
         part = f"{self._path}.{os.urandom(8).hex()}"
         try:
-            self._refuse_a_second()
+            self._look_at_what_is_there()
             self._lock = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             try:
                 disk.write_all(self._lock, memoryview(self._content))
@@ -46,8 +50,8 @@ class PidFile:
             ) from error
         return self
 
-    def _refuse_a_second(self) -> None:
-        """Raises ``SetupFailed`` if a process that runs holds the file."""
+    def _look_at_what_is_there(self) -> None:
+        """Raises ``SetupFailed`` if a process that runs holds the file, or it is another file."""
         try:
             fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
@@ -60,6 +64,11 @@ class PidFile:
             raise SetupFailed(
                 f"{show(self._path)} is held by process {show(os.fsdecode(content.strip()))},"
                 " which runs; stop it, or take another: --pid-file FILE"
+            )
+        if not _CONTENT.fullmatch(content):
+            raise SetupFailed(
+                f"{show(self._path)} is no pid file: what is in it is not a process id;"
+                " take another: --pid-file FILE"
             )
 
     def __exit__(self, *_: object) -> None:

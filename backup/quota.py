@@ -140,7 +140,7 @@ class Ledger:
         """Raises ``QuotaExceeded`` for a file larger than any may be."""
         cap = self._settings.max_file_bytes
         if cap is not None and size > cap:
-            raise QuotaExceeded(f"a file of {size} bytes; at most {cap} are taken")
+            raise QuotaExceeded(f"a file of {size} bytes; at most {cap} are taken", "max-file-size")
 
     def begin(
         self, user_id: int, size: int, older: Optional[int], free: Optional[int]
@@ -154,7 +154,8 @@ class Ledger:
             floor = self._settings.min_free_bytes or 0
             if free - self.promised - size < floor:
                 raise QuotaExceeded(
-                    f"{size} bytes, and {free - self.promised} are free of which {floor} must stay"
+                    f"{size} bytes, and {free - self.promised} are free of which {floor} must stay",
+                    "min-free",
                 )
         wanted = Reservation(self, user_id, size, older)
         self._check_total(self._more + wanted.more, wanted.more)
@@ -262,17 +263,18 @@ class Ledger:
         """What the user would hold with so many files and bytes more."""
         held, caps = self._users[user_id], self._settings
         if caps.user_files is not None and files > 0 and held.files + files > caps.user_files:
-            raise QuotaExceeded(f"user {user_id} may hold {caps.user_files} files")
+            raise QuotaExceeded(f"user {user_id} may hold {caps.user_files} files", "user-files")
         if caps.user_bytes is not None and more > 0 and held.bytes + more > caps.user_bytes:
             raise QuotaExceeded(
-                f"user {user_id} may hold {caps.user_bytes} bytes and holds {held.bytes}"
+                f"user {user_id} may hold {caps.user_bytes} bytes and holds {held.bytes}",
+                "user-quota",
             )
 
     def _check_total(self, more: int, of_this: int) -> None:
         """What all users would hold with so many bytes more; one that brings none is let in."""
         cap, total = self._settings.total_bytes, self._total.bytes
         if cap is not None and of_this > 0 and total + more > cap:
-            raise QuotaExceeded(f"all users may hold {cap} bytes and hold {total}")
+            raise QuotaExceeded(f"all users may hold {cap} bytes and hold {total}", "total-quota")
 
     def _make_room(self) -> None:
         """Ends countings that nobody waits for, the oldest first, when there are many."""

@@ -33,6 +33,7 @@ def serve(options: argparse.Namespace) -> int:
     fault: Optional[Exception] = None
     with ExitStack() as stack:
         stack.enter_context(_umask(0o077))
+        _refuse_one_file_for_two(options)
         address = _where_to_listen(options)
         sink = _log_sink(options, stack)
         level = logging.DEBUG if options.verbose else logging.INFO
@@ -111,6 +112,13 @@ class _Process:
             file.reopen()
         except SetupFailed as error:
             self._log.add(logging.WARNING, f"{error}; this goes on in the old one")
+
+
+def _refuse_one_file_for_two(options: argparse.Namespace) -> None:
+    """The pid file would take the place of the log. Raises ``ConfigError``."""
+    files = options.log_file, options.pid_file
+    if all(files) and os.path.realpath(files[0]) == os.path.realpath(files[1]):
+        raise ConfigError("--log-file and --pid-file are one file; take another for one of them")
 
 
 def _where_to_listen(options: argparse.Namespace) -> Union[Address, socket.socket]:

@@ -269,7 +269,8 @@ class Server(Owner):
         if cap is None or self._of_host[_host(peer)] < cap:
             return True
         self._counters.refused += 1
-        self._log.add(logging.INFO, "connection refused", {"peer": peer, "reason": "quota"})
+        fields = {"peer": peer, "reason": "quota", "cap": "max-connections-per-address"}
+        self._log.add(logging.WARNING, "connection refused", fields)
         return False
 
     def _peer(self, address: Tuple[object, ...]) -> str:

@@ -20,9 +20,11 @@ from typing import Callable, Dict, Optional, Union
 from .connection import Body, Endpoint, Later, Outgoing
 from .counters import Counters
 from .errors import (
+    AppendOnly,
     BackupError,
     CutShort,
     EmptyFile,
+    QuotaExceeded,
     Refused,
     StoreFailed,
     TooLarge,
@@ -352,9 +354,14 @@ class Session(Endpoint):
             "ms": round(milliseconds, 1),
             "peer": self._peer,
         }
+        level = logging.INFO
         if self._error is not None:
             fields["reason"] = self._error.reason
-        self._log.add(logging.INFO, "", fields)
+            if isinstance(self._error, QuotaExceeded):
+                fields["cap"] = self._error.cap
+            if isinstance(self._error, (QuotaExceeded, AppendOnly)):
+                level = logging.WARNING  # the operator has forbidden it, and may want to know
+        self._log.add(level, "", fields)
         self._counters.request(request.op, status, done)
 
 

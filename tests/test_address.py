@@ -44,6 +44,7 @@ def test_an_address_is_host_and_port(text: str, address: Tuple[str, int]) -> Non
         "localhost:",
         ":1234",
         "[]:1234",
+        "*:1234",  # which a resolver may take for this machine alone
         "1234",
         "::1:1234",  # whose colon is it?
         "[::1]",

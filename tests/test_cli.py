@@ -132,7 +132,7 @@ def test_a_cap_that_is_no_size_or_number_is_refused(user: User, option: str, uni
     ]
     if unit == "SIZE":
         words += ["0M", "9" * 16]
-        expected = "is not a size from 1 on; bytes, or a unit behind it: 500M, 2G (K, M, G, T)"
+        expected = "is not a size from 1 on; whole bytes, or a capital K, M, G or T behind: 500M"
     else:
         words += ["1K", "1" * 10]
         expected = "is not a number from 1 to 999999999"

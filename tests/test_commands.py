@@ -152,7 +152,9 @@ def test_put_into_a_store_that_is_broken_points_to_its_log(
     user: User, served: RunningServer
 ) -> None:
     shutil.rmtree(served.root / ".tmp")
-    message = "a.txt: the server could not do it; its log says why"
+    message = (
+        "a.txt: the server did not store it (a cap, append-only, or its disk); its log says why"
+    )
     assert user.types("put", "a.txt") == ("", errors(message), 1)
 
 

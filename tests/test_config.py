@@ -383,3 +383,14 @@ def test_another_process_that_drew_first_counts(
     monkeypatch.setattr(os, "link", late)
     assert config.user_id(None, environment(here)).value == 77
     assert kept(here) == ["user-id"]
+
+
+def test_an_option_that_is_empty_is_not_the_same_as_none() -> None:
+    """As with ``--root "$UNSET"``: what is meant is somewhere else."""
+    environ = {"BACKUP_SERVER": "variable:2", "BACKUP_BASE_DIR": "variable"}
+    with pytest.raises(ConfigError, match=r"^--root is empty; name a folder$"):
+        config.store_root("", environ)
+    with pytest.raises(ConfigError, match=r"^--server: '' is not an address; "):
+        config.server_address("", environ)
+    with pytest.raises(ConfigError, match=r"^--listen: '' is not an address; "):
+        config.listen_address("", "server.info")

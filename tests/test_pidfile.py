@@ -89,6 +89,25 @@ def test_one_that_cannot_be_written_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("content", [b"# a README\n", b"12 34\n", b"1" * 40, b"1\0", b"\xff"])
+def test_a_file_that_is_none_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    expected = f"{path} is no pid file: what is in it is not a process id; take another: "
+    with pytest.raises(SetupFailed, match=re.escape(expected)), PidFile(str(path)):
+        pytest.fail("it went on")
+    assert path.read_bytes() == content
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"4711", b" 4711\n"])
+def test_what_another_program_has_left_is_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pid"
+    path.write_bytes(content)
+    with PidFile(str(path)):
+        assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_ = os.open
 

@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Optional
 
 import pytest
 
-from backup import disk
+from backup import cli, disk
 from backup.errors import AppendOnly, BackupError, QuotaExceeded, StoreFailed
 from backup.quota import Ledger
 from backup.settings import Settings
@@ -81,6 +81,25 @@ def test_without_caps_nothing_is_counted(root: Path) -> None:
     assert upload.reservation is None
     assert store.commit([upload]) == [None]
     assert not Ledger(Settings()).counts
+
+
+@pytest.mark.parametrize(
+    ("caps", "cap"),
+    [
+        (Settings(max_file_bytes=9), "max-file-size"),
+        (Settings(user_bytes=9), "user-quota"),
+        (Settings(user_files=1), "user-files"),
+        (Settings(total_bytes=9), "total-quota"),
+        (Settings(min_free_bytes=1 << 60), "min-free"),
+    ],
+)
+def test_a_refusal_names_the_option_that_caps(root: Path, caps: Settings, cap: str) -> None:
+    fill(root, [1])
+    with pytest.raises(QuotaExceeded) as caught:
+        put(Store(root, caps), b"a", 10)
+    assert caught.value.cap == cap
+    option = f"--{cap}"
+    assert option in [flag for flag, _, _ in cli._CAPS]
 
 
 def test_a_file_has_at_most_so_many_bytes(root: Path) -> None:

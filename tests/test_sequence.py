@@ -216,7 +216,8 @@ GOOD = [
         (
             1,
             response(1001, FIRST.encode()),
-            f"Backup failed ({FIRST}): the server could not do it; its log says why",
+            f"Backup failed ({FIRST}): "
+            "the server did not store it (a cap, append-only, or its disk); its log says why",
         ),
         (3, EMPTY, "Files on server: []"),
         (

@@ -433,3 +433,34 @@ def test_serve_in_a_store_that_cannot_be_written_says_so(user: User) -> None:
     assert err.startswith(f"backup: {user.folder}/a.txt/store: cannot keep files: ")
     assert err.endswith("; check this folder and its disk\n")
     assert err.count("\n") == 1
+
+
+def test_serve_refuses_one_file_for_log_and_process_id(user: User) -> None:
+    (user.folder / "link").symlink_to("log")
+    out, err, code = user.types(*SERVE, "--log-file", "log", "--pid-file", "link")
+    assert (out, code) == ("", 2)
+    assert err == errors("--log-file and --pid-file are one file; take another for one of them")
+    assert not (user.folder / "log").exists()
+
+
+def test_a_refusal_by_a_cap_is_logged_even_when_it_is_quiet(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(line: str) -> None:
+        for name in (b"a", b"b"):
+            with connect(address_of(line)) as sock:
+                sock.sendall(request(USER, 100, name, b"xyz"))
+                read_all(sock)
+        with connect(address_of(line)) as sock:
+            sock.sendall(request(USER, 201, b"a"))
+            read_all(sock)
+        sending(signal.SIGTERM)(line)
+
+    with reacting(monkeypatch, ("Listening", use)) as lines:
+        assert main([*SERVE, "--quiet", "--user-files", "1", "--append-only"]) == 0
+    (quota, append_only) = lines[1:3]
+    assert f"user={USER} op=100 file=b status=1001 bytes=0 " in quota
+    assert quota.endswith(" reason=quota cap=user-files\n")
+    assert f"user={USER} op=201 file=a status=1002 bytes=0 " in append_only
+    assert append_only.endswith(" reason=append-only\n")
+    assert "Counters" in lines[3]
