@@ -132,11 +132,15 @@ class Folder:
 class DescriptorFolder(Folder):
     """The same by a descriptor, which stays on the directory whatever its path becomes."""
 
-    def __init__(self, path: bytes) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    def __init__(self, path: bytes, dir_fd: Optional[int] = None) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+        self._being_read = self._closed = False
 
     def close(self) -> None:
-        close(self._fd)
+        """Lets go of the directory; while its entries are being read, when that has ended."""
+        self._closed = True
+        if not self._being_read:
+            close(self._fd)
 
     def open(self, name: bytes, access: int = os.O_RDONLY) -> int:
         return os.open(name, access | _SAFELY | _BINARY, dir_fd=self._fd)
@@ -158,16 +162,23 @@ class DescriptorFolder(Folder):
 
     def entries(self) -> Entries:
         # scandir reads a duplicate, and duplicates are all read at one place (dup(2)): two who
-        # read one folder side by side would each see a part of it. So each opens it anew.
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._fd)
+        # read one folder side by side would each see a part of it. So the second opens it anew;
+        # to open it for each would cost a LIST of a few names a twentieth.
+        if self._being_read:
+            with DescriptorFolder(b".", self._fd) as another:
+                yield from another.entries()
+            return
+        self._being_read = True
         try:
-            with os.scandir(fd) as entries:
+            with os.scandir(self._fd) as entries:
                 for entry in entries:
                     # Kept in the entry, where it takes a look into the folder, now still open.
                     entry.is_file(follow_symlinks=False)
                     yield entry
         finally:
-            os.close(fd)
+            self._being_read = False
+            if self._closed:
+                close(self._fd)
 
 
 def open_folder(path: bytes) -> Folder:

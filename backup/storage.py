@@ -267,9 +267,6 @@ class Store:
         finally:
             self._folders.read_no_longer()
         if listing.reading:
-            # What reads on has its own descriptor, but its place in the folder belongs to all that
-            # were made of one: another listing from this folder would begin where this one is.
-            self._folders.close()
             self._listings.append(listing)
         return listing
 

@@ -241,6 +241,40 @@ def test_only_regular_files_are_listed_whatever_their_names(place: Path) -> None
             )
 
 
+def test_who_read_one_folder_side_by_side_each_see_all_of_it(place: Path) -> None:
+    names = {f"file-{number}" for number in range(500)}
+    for name in names:
+        (place / name).write_bytes(b"")
+    with open_folder(bytes(place)) as folder:
+        first, second = folder.entries(), folder.entries()
+        seen = {next(first).name}
+        also_seen = {next(second).name}
+        third = folder.entries()
+        assert {entry.name for entry in third} >= names
+        seen |= {entry.name for entry in first}
+        also_seen |= {entry.name for entry in second}
+        assert seen == also_seen >= names
+        assert {entry.name for entry in folder.entries()} == seen
+        half = folder.entries()
+        next(half)
+        half.close()
+        assert {entry.name for entry in folder.entries()} == seen
+
+
+def test_a_folder_that_is_closed_while_it_is_read_is_read_to_its_end(place: Path) -> None:
+    for number in range(500):
+        (place / f"file-{number}").write_bytes(b"")
+    before = len(open_descriptors())
+    folder = open_folder(bytes(place))
+    entries, others = folder.entries(), folder.entries()
+    seen = [next(entries), next(others)]
+    folder.close()
+    seen += entries
+    assert sum(entry.is_file(follow_symlinks=False) for entry in seen) >= 501
+    others.close()
+    assert len(open_descriptors()) == before
+
+
 def test_entries_are_read_as_they_are_asked_for_and_closing_lets_go(place: Path) -> None:
     for number in range(10):
         (place / f"{number}").touch()
