@@ -153,6 +153,8 @@ class Client(Owner):
 
         At most ``parallel`` are in flight. ``jobs`` is read as far as there is
         room, so it may be endless. Ending the iteration cancels what is running.
+        They end in any order: two that save at one path are to be kept apart by
+        the caller, or the one may take the place of the other unseen.
         """
         waiting = iter(jobs)
         finished: Deque[Outcome] = deque()
