@@ -8,7 +8,7 @@ from typing import Dict, List, Type
 import pytest
 
 from backup import errors
-from backup.errors import BackupError
+from backup.errors import BackupError, QuotaExceeded
 
 
 def drawn() -> Dict[str, str]:
@@ -60,3 +60,8 @@ def test_the_text_stands_behind_the_subject() -> None:
 def test_reasons_tell_errors_apart() -> None:
     reasons = [kind.reason for kind in classes()]
     assert len(set(reasons)) == len(reasons)
+
+
+def test_a_cap_that_refuses_has_a_name() -> None:
+    refusal = QuotaExceeded("user 1 may hold 2 files", "user-files")
+    assert (str(refusal), refusal.cap) == ("user 1 may hold 2 files", "user-files")

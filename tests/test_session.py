@@ -16,7 +16,7 @@ import struct
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
@@ -994,6 +994,33 @@ def test_an_upload_whose_connection_breaks_leaves_nothing(bench: Bench) -> None:
 
 
 # The log
+
+
+TOO_MUCH = request(11, BACKUP, b"b", b"123456")
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "expected"),
+    [
+        ({"user_files": 1}, request(11, BACKUP, b"b", b"x"), "reason=quota cap=user-files"),
+        (
+            {"max_file_bytes": 5},
+            request(11, BACKUP, b"b", b"123456"),
+            "reason=quota cap=max-file-size",
+        ),
+        ({"append_only": True}, request(11, BACKUP, b"a", b"x"), "reason=append-only"),
+        ({"append_only": True}, request(11, DELETE, b"a"), "reason=append-only"),
+    ],
+)
+def test_what_the_operator_has_forbidden_is_a_warning(
+    tmp_path: Path, settings: Dict[str, int], data: bytes, expected: str
+) -> None:
+    bench = Bench(tmp_path / "store", **settings)
+    bench.put(b"a", b"12345")
+    bench.ask(data)
+    (line,) = bench.lines
+    assert line.level == logging.WARNING
+    assert line.text.endswith(f" peer={PEER} {expected}")
 
 
 def test_a_line_says_everything_about_a_request(bench: Bench) -> None:
