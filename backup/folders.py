@@ -103,7 +103,7 @@ class Folders:
         """Whether a power cut could still take the user's folder out of the root."""
         return user_id in self._new
 
-    def is_durable(self, user_id: int) -> None:
+    def mark_durable(self, user_id: int) -> None:
         """Takes note that the root was synced since the user's folder was made."""
         self._new.discard(user_id)
 
@@ -137,7 +137,7 @@ class CommitFolders:
         self._sync_once(user_id, self._open[user_id].sync)
         if self._folders.is_new(user_id):
             self._sync_once(_ROOT, lambda: disk.sync_folder(self._folders.root))
-            self._folders.is_durable(user_id)
+            self._folders.mark_durable(user_id)
 
     def _sync_once(self, key: int, sync: Callable[[], None]) -> None:
         """Syncs at the first call for this key, and ends all further ones as that has ended.

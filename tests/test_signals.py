@@ -46,23 +46,28 @@ MIB = 1 << 20
 HALF = response(212, b"large", file_payload(bytes(MIB)))[: MIB // 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_get_leaves_no_file(
-    user: User, tmp_path: Path, number: signal.Signals
+def is_one_line(
+    user: User, terminal: Terminal, server: Scripted, number: signal.Signals, *arguments: str
 ) -> None:
+    """A command that a signal interrupts in the middle of its one file says so and no more."""
+    host, port = server.address
+    process = subprocess.Popen(
+        as_a_process(*arguments, "--server", f"{host}:{port}"),
+        cwd=user.folder,
+        env={**environment(), "NO_COLOR": "1"},
+        stderr=terminal.stream,
+    )
+    terminal.wait_for("file 1 of 1")
+    process.send_signal(number)
+    assert process.wait(WAIT_SECONDS) == 130
+    assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_get_leaves_no_file(user: User, number: signal.Signals) -> None:
     before = user.content()
     with Terminal() as terminal, Scripted(staying(HALF)) as server:
-        host, port = server.address
-        process = subprocess.Popen(
-            as_a_process("get", "large", "--server", f"{host}:{port}"),
-            cwd=user.folder,
-            env={**environment(), "NO_COLOR": "1"},
-            stderr=terminal.stream,
-        )
-        terminal.wait_for("file 1 of 1")
-        process.send_signal(number)
-        assert process.wait(WAIT_SECONDS) == 130
-        assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
+        is_one_line(user, terminal, server, number, "get", "large")
     assert user.content() == before
 
 
@@ -71,17 +76,7 @@ def test_an_interrupted_put_is_one_line(user: User, number: signal.Signals) -> N
     sparse(user.folder / "large", 32 * MIB)
     left = threading.Event()
     with Terminal() as terminal, Scripted(deaf(b"", left)) as server, afterwards(left):
-        host, port = server.address
-        process = subprocess.Popen(
-            as_a_process("put", "large", "--server", f"{host}:{port}"),
-            cwd=user.folder,
-            env={**environment(), "NO_COLOR": "1"},
-            stderr=terminal.stream,
-        )
-        terminal.wait_for("file 1 of 1")
-        process.send_signal(number)
-        assert process.wait(WAIT_SECONDS) == 130
-        assert on_screen(terminal.shown()) == ["backup: interrupted", ""]
+        is_one_line(user, terminal, server, number, "put", "large")
 
 
 @contextmanager
